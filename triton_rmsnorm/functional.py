@@ -1,0 +1,134 @@
+"""Functions on tensors: checks, and the choice between our kernels and torch's own operator."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from triton_rmsnorm import launch, reference
+from triton_rmsnorm.ops import RMSNormFunction
+from triton_rmsnorm.reference import Spec
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    x_hat_dtype: torch.dtype | None = None,
+    rstd_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Divides by the root mean square over the last dimensions: torch.nn.functional.rms_norm, fused, forward and backward.
+
+    .. math:: y = \gamma \cdot x \cdot (\operatorname{mean}(x^2) + \epsilon)^{-1/2}
+
+    All arithmetic is in fp32 (fp64 for fp64 input), with one rounding at the end.
+
+    Args:
+        input: x of shape (*, *normalized_shape); fp16, bf16, fp32 or fp64 in any layout. Rows are read in place if their elements are
+            contiguous. Complex input is computed by torch.
+        normalized_shape: the last dimensions, over which the mean is taken.
+        weight: gamma of shape normalized_shape, in any of the dtypes above, or None for 1.
+        eps: added to the mean square; None is the machine epsilon of the arithmetic (of fp64 for fp64 input, else of fp32).
+        group_size: take the mean over groups of so many columns instead of all; the weight keeps its full shape. None: one group.
+        weight_offset: added to the weight in fp32, as in y = (1 + gamma) x_hat. It needs a weight.
+        x_hat_dtype: round the normalized x to this dtype before the weight multiplies it; y then has the dtype of that product.
+            None: no rounding, and y has the dtype of x.
+        rstd_dtype: round (mean(x^2) + eps)^(-1/2) to this dtype before it multiplies x. None: no rounding.
+
+    Returns:
+        y of the shape of input, contiguous (channels_last for channels_last input).
+
+    Raises:
+        TypeError: an argument is not of its type.
+        ValueError: input has fewer dimensions than normalized_shape, or group_size does not divide the normalized size.
+        RuntimeError: normalized_shape is empty or does not match input or weight, or weight is on another device.
+        NotImplementedError: input or weight has none of the dtypes above.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467); torch.nn.functional.rms_norm.
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(
+            rms_norm,
+            (input, weight),
+            input,
+            normalized_shape,
+            weight,
+            eps,
+            group_size=group_size,
+            weight_offset=weight_offset,
+            x_hat_dtype=x_hat_dtype,
+            rstd_dtype=rstd_dtype,
+        )
+    spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
+    if launch.runs_on(input.device) and not input.is_complex():
+        input, weight = _autocast(input, weight)
+        return RMSNormFunction.apply(input, weight, spec)
+    if spec[2:] == (None, 0.0, None, None):
+        return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
+    return reference.forward(input, weight, spec)[0]
+
+
+def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype) -> Spec:
+    """The Spec of a call whose arguments fit one another; raises what torch raises where they do not."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    if not isinstance(normalized_shape, Sequence) or not all(isinstance(size, (int, torch.SymInt)) for size in normalized_shape):
+        raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
+    if eps is not None and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
+        eps = _number(eps)
+    if not input.is_complex():
+        _check_dtype("input", input)
+    ndim = len(normalized_shape)
+    if ndim == 0:
+        raise RuntimeError("normalized_shape must have at least one dimension, got ()")
+    if input.dim() < ndim:
+        raise ValueError(f"input must have at least {ndim} dimensions to match normalized_shape {(*normalized_shape,)}, got {input.dim()}")
+    shape = input.shape[-ndim:]
+    if shape != (*normalized_shape,):
+        raise RuntimeError(f"input must have shape (*, {', '.join(map(str, normalized_shape))}), got {(*input.shape,)}")
+    if weight is not None:
+        if weight.shape != shape:
+            raise RuntimeError(f"weight must have shape {(*shape,)} to match normalized_shape, got {(*weight.shape,)}")
+        if weight.device != input.device:
+            raise RuntimeError(f"weight must be on the device of input, {input.device}, got {weight.device}")
+        if not input.is_complex():
+            _check_dtype("weight", weight)
+    elif weight_offset != 0.0:
+        raise ValueError(f"weight_offset must be 0 without a weight, got {weight_offset}")
+    if group_size is not None and (group_size < 1 or prod(shape) % group_size):
+        raise ValueError(f"group_size must divide the normalized size {prod(shape)}, got {group_size}")
+    if eps is None:
+        eps = torch.finfo(reference.accumulation_dtype(input.dtype)).eps
+    return Spec((*shape,), eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise NotImplementedError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def _number(eps) -> float:
+    if isinstance(eps, Tensor) and eps.dim() == 0 and not eps.requires_grad:
+        return eps.item()
+    raise TypeError(f"eps must be a float or None, got {type(eps).__name__}")
+
+
+# From 2.12 on, torch computes RMSNorm in fp32 under CUDA autocast, and returns fp32.
+_AUTOCAST = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+
+
+def _autocast(input: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Casts as the running torch does before its own operator; fp64 is exempt."""
+    if not (_AUTOCAST and input.is_cuda and torch.is_autocast_enabled("cuda")):
+        return input, weight
+    return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in (input, weight))

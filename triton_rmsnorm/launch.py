@@ -1,0 +1,235 @@
+"""From tensors to launches: rows and strides, buffers, one launch each way and one more for the sum of dw.
+
+A launch is prepared once for everything but pointers and kept (`forward_launch`, `backward_launches`); after that a call allocates its
+outputs and starts the compiled kernel. Under TRITON_INTERPRET=1, set before Triton is imported, the same launches run on CPU tensors.
+"""
+
+import threading
+from functools import cache, lru_cache
+from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_rmsnorm import kernels, tuning
+from triton_rmsnorm.reference import Spec, accumulation_dtype
+
+INTERPRETED = not isinstance(kernels._rms_norm_fwd_kernel, triton.JITFunction)
+
+_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+_TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of `device`: on a GPU, and on the CPU when Triton interprets."""
+    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+def forward(x: Tensor, weight: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
+    """y [shape of x] and rstd [spec.rstd_shape], in one launch."""
+    x = _readable(x, spec)
+    weight = _flat(weight)
+    y = torch.empty(x.shape, dtype=spec.output_dtype(x.dtype, weight.dtype if weight is not None else None), device=x.device)
+    rstd = torch.empty(spec.rstd_shape(x.shape), dtype=accumulation_dtype(x.dtype), device=x.device)
+    if x.numel() == 0:
+        return y, rstd.fill_(torch.nan)  # the mean of nothing
+    launch = forward_launch(spec, _layout(x), _layout(weight), device_of(x))
+    launch(x, weight, y, rstd)
+    return y, rstd
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, spec: Spec, needs_dx: bool = True, needs_dw: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [shape of x] and dw [shape of weight]; None for what is not needed, which is then not computed either."""
+    dy, x, rstd = _readable(dy, spec), _readable(x, spec), rstd.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw and weight is not None else None
+    if x.numel() == 0:
+        return dx, None if dw is None else dw.zero_()
+    if dx is None and dw is None:
+        return None, None
+    weight = _flat(weight)
+    device = device_of(x)
+    launches = backward_launches(spec, _layout(dy), _layout(x), _layout(weight), needs_dx, dw is not None, device)
+    c1 = dw_partial = None
+    if launches.c1 is not None:
+        c1 = torch.empty(rstd.shape, dtype=accumulation_dtype(x.dtype, weight.dtype if weight is not None else None), device=x.device)
+        launches.c1(dy, x, weight, rstd, c1)
+    if dw is not None:
+        dw_partial = torch.empty((launches.main.grid[0], dw.numel()), dtype=accumulation_dtype(x.dtype, dw.dtype), device=x.device)
+    launches.main(dy, x, weight if needs_dx else None, rstd, c1, dx, dw_partial)
+    if dw is not None:
+        launches.sum_partials(dw_partial, dw)
+    return dx, dw
+
+
+class Launch:
+    """A kernel with everything but its pointers: called with them, it runs on the current stream of their device."""
+
+    def __init__(self, kernel, grid: tuple[int, int, int], config: tuning.Config, **values):
+        self.kernel = kernel
+        self.grid = grid
+        self.values = values  # by the names of the kernel's parameters
+        self.arguments = tuple(values[name] for name in kernel.arg_names if name in values)  # all that follow the pointers
+        self.options = {"num_warps": config.num_warps, "num_ctas": config.num_ctas, "enable_fp_fusion": True}
+        self._compiled: dict[tuple[bool, ...], triton.compiler.CompiledKernel] = {}
+
+    def __call__(self, *pointers: Tensor | None) -> None:
+        if INTERPRETED:
+            return _interpret(self, pointers)
+        # Triton compiles for what pointers are divisible by. Everything else that it specializes on is fixed here.
+        aligned = tuple([pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers])
+        with torch.cuda.device_of(pointers[1]):
+            compiled = self._compiled.get(aligned)
+            if compiled is None:
+                self._compiled[aligned] = self.kernel[self.grid](*pointers, *self.arguments, **self.options)
+            else:
+                compiled[self.grid](*pointers, *self.arguments)
+
+
+_INTERPRETER_LOCK = threading.Lock()  # the interpreter keeps the program id in a global, and autograd has threads of its own
+
+
+def _interpret(launch: Launch, pointers: tuple[Tensor | None, ...]) -> None:
+    """Interprets a launch. The interpreter truncates to bf16: it gets fp32 copies of bf16 tensors, and torch rounds what was written."""
+    copies = [_fp32_copy(p) if p is not None and p.dtype == torch.bfloat16 else p for p in pointers]
+    with _INTERPRETER_LOCK:
+        launch.kernel[launch.grid](*copies, *launch.arguments)
+    for pointer, copy, name in zip(pointers, copies, launch.kernel.arg_names, strict=False):
+        if copy is not pointer and name in ("Y", "DX", "DW"):
+            pointer.copy_(copy)
+
+
+def _fp32_copy(x: Tensor) -> Tensor:
+    """All of the storage of x in fp32, seen through the same strides (which may overlap: an expanded tensor)."""
+    storage = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+    return storage.float().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+class Layout(NamedTuple):
+    """What of a tensor a launch depends on."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class BackwardLaunches(NamedTuple):
+    c1: Launch | None  # where a row fits no tile
+    main: Launch
+    sum_partials: Launch | None  # where dw is needed
+
+
+@lru_cache(maxsize=4096)
+def forward_launch(spec: Spec, x: Layout, weight: Layout | None, device: tuning.Device) -> Launch:
+    config = tuning.forward_config(spec.columns, x.dtype.itemsize, weight.dtype.itemsize if weight else 0, device)
+    values = _values(spec, config, weight, {"x_strides": x})
+    grid = (_programs(values["M"], config, spec.groups), spec.groups, 1)
+    return Launch(kernels._rms_norm_fwd_kernel, grid, config, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
+
+
+@lru_cache(maxsize=4096)
+def backward_launches(
+    spec: Spec, dy: Layout, x: Layout, weight: Layout | None, needs_dx: bool, needs_dw: bool, device: tuning.Device
+) -> BackwardLaunches:
+    itemsize = max(dy.dtype.itemsize, x.dtype.itemsize)
+    config = tuning.backward_config(spec.columns, itemsize, weight.dtype.itemsize if weight else 0, device)
+    values = _values(spec, config, weight, {"dy_strides": dy, "x_strides": x})
+    blocks = triton.cdiv(spec.columns, config.block_n)
+    programs = _programs(values["M"], config, spec.groups * blocks)
+    main = Launch(kernels._rms_norm_bwd_kernel, (programs, spec.groups, blocks), config, NUM_STAGES=config.num_stages, **values)
+    c1 = sum_partials = None
+    if blocks > 1 and needs_dx:
+        c1 = Launch(kernels._rms_norm_bwd_c1_kernel, (triton.cdiv(values["M"], config.block_m), spec.groups, 1), config, **values)
+    if needs_dw:
+        columns = spec.groups * spec.columns
+        config = tuning.reduction_config(columns, device)
+        sizes = {"COLS": columns, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        grid = (triton.cdiv(columns, config.block_n), 1, 1)
+        sum_partials = Launch(kernels._sum_partials_kernel, grid, config, programs=programs, **sizes)
+    return BackwardLaunches(c1, main, sum_partials)
+
+
+def _programs(rows: int, config: tuning.Config, columns_of_grid: int) -> int:
+    """Extent of grid axis 0: no more programs than tiles, nor than `config` allows over the whole grid."""
+    return min(triton.cdiv(rows, config.block_m), max(1, config.programs // columns_of_grid))
+
+
+def _values(spec: Spec, config: tuning.Config, weight: Layout | None, tensors: dict[str, Layout]) -> dict:
+    """What the forward and the backward kernel both take besides pointers; `tensors` by the name of their strides, x last."""
+    x = tensors["x_strides"]
+    outer = len(x.shape) - len(spec.normalized_shape)
+    sizes, strides = _rows(x.shape[:outer], *(tensor.strides[:outer] for tensor in tensors.values()))
+    row_align = gcd(16, *(stride for row in strides for stride in row))
+    return {
+        "M": prod(x.shape[:outer]),
+        "sizes": sizes,
+        **{name: tuple(stride // row_align for stride in row) for name, row in zip(tensors, strides, strict=True)},
+        "stride_w": weight.strides[0] if weight else 1,
+        "N": spec.columns,
+        "ROW_ALIGN": row_align,
+        "ACC": _TL_DTYPES[accumulation_dtype(x.dtype)],
+        "WEIGHT_OFFSET": spec.weight_offset,
+        "X_HAT_DTYPE": _TL_DTYPES[spec.x_hat_dtype],
+        "RSTD_DTYPE": _TL_DTYPES[spec.rstd_dtype],
+        "BF16_BY_BITS": INTERPRETED,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+def _rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The outer dimensions of tensors of one shape, merged where all of them allow it: (sizes but the first, strides of each tensor)."""
+    dims: list[list[int]] = []  # [size, stride of the first tensor, ...]
+    for size, *steps in zip(shape, *strides, strict=True):
+        if size == 1:
+            continue
+        if dims and all(outer == size * step for outer, step in zip(dims[-1][1:], steps, strict=True)):
+            dims[-1] = [dims[-1][0] * size, *steps]
+        else:
+            dims.append([size, *steps])
+    if not dims:
+        dims = [[1] + [0] * len(strides)]
+    sizes, *merged = zip(*dims, strict=True)
+    return sizes[1:], merged
+
+
+def _readable(x: Tensor, spec: Spec) -> Tensor:
+    """x itself where its normalized dimensions are one contiguous run and its sign is materialized, else a copy."""
+    x = x.resolve_neg()
+    run = 1
+    for size, stride in zip(reversed(spec.normalized_shape), reversed(x.stride()), strict=False):
+        if size != 1 and stride != run:
+            return x.contiguous()
+        run *= size
+    return x
+
+
+def _flat(weight: Tensor | None) -> Tensor | None:
+    """The weight as one dimension: a view, with any stride, unless its dimensions cannot be merged."""
+    return None if weight is None else weight.resolve_neg().reshape(-1)
+
+
+def _layout(x: Tensor | None) -> Layout | None:
+    return None if x is None else Layout(x.shape, x.stride(), x.dtype)
+
+
+def device_of(x: Tensor) -> tuning.Device:
+    return tuning.INTERPRETER if INTERPRETED else _gpu(x.device.index)
+
+
+@cache
+def _gpu(index: int) -> tuning.Device:
+    properties = torch.cuda.get_device_properties(index)
+    hip = torch.version.hip is not None
+    return tuning.Device(
+        name=properties.name,
+        backend="hip" if hip else "cuda",
+        num_sms=properties.multi_processor_count,
+        shared_memory=64 * 1024 if hip else properties.shared_memory_per_block_optin,
+        max_ctas=16 if _CLUSTERS and not hip and properties.major in (9, 10) else 1,
+    )
