@@ -70,8 +70,8 @@ def rms_norm(
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
     if launch.runs_on(input.device) and not input.is_complex():
         input, weight = _autocast(input, weight)
-        return RMSNormFunction.apply(input, weight, spec)
-    if spec[2:] == (None, 0.0, None, None):
+        return RMSNormFunction.apply(input, weight, None, None, spec)
+    if spec == Spec(spec.normalized_shape, spec.eps):
         return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
     return reference.forward(input, weight, spec)[0]
 
@@ -108,7 +108,7 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
     if group_size is not None and (group_size < 1 or prod(shape) % group_size):
         raise ValueError(f"group_size must divide the normalized size {prod(shape)}, got {group_size}")
     if eps is None:
-        eps = torch.finfo(reference.accumulation_dtype(input.dtype)).eps
+        eps = torch.finfo(reference.accumulation_dtype(input)).eps
     return Spec((*shape,), eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
 
 

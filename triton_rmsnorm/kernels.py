@@ -1,10 +1,12 @@
 """The Triton kernels: one forward, one backward, and two small helpers of the backward.
 
-With x_hat = x · rstd, rstd = (mean(x²) + eps)^(-1/2), wdy = w · dy and c1 = mean(x_hat · wdy), means taken over the N columns of a row:
+With x_hat = u · rstd, rstd = (mean(u²) + eps)^(-1/2), wdy = w · dy and c1 = mean(x_hat · wdy), means taken over the N columns of a row:
 
     y  = w · x_hat
-    dx = (wdy - c1 · x_hat) · rstd
+    du = (wdy - c1 · x_hat) · rstd
     dw = sum over rows of dy · x_hat
+
+where u is x itself, or x + residual, or x · g with g = activation(gate); g may instead multiply y.
 
 How a kernel covers its input. Programs are persistent: each loads the weight once, then walks over tiles of BLOCK_M rows, as many tiles
 apart as there are programs, while the loads of the next tiles are under way (NUM_STAGES). Grid axis 1 runs over groups: N columns each,
@@ -13,116 +15,180 @@ walks over the row twice, and the backward takes c1 from a kernel of its own and
 
 Rows are found through `sizes` and `strides`, tuples with the outermost dimension first (its size is not needed), so that any strided view
 is read in place; strides are counted in units of ROW_ALIGN elements, which is how the compiler learns the alignment of a row. What the
-kernels write is contiguous. A pointer that is None switches off what would need it. Arithmetic is in ACC: fp32, or fp64 for fp64 input.
+kernels write is contiguous. A pointer that is None switches off what would need it.
 """
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The arithmetic of a kernel, known when it is compiled. A dtype that is None stands for no rounding at that step."""
+
+    acc: tl.dtype  # of all arithmetic: fp32, or fp64 for fp64 input
+    weight_offset: float = 0.0
+    x_hat_dtype: tl.dtype | None = None
+    rstd_dtype: tl.dtype | None = None
+    residual_dtype: tl.dtype | None = None  # of x + residual
+    product_dtype: tl.dtype | None = None  # of w · x_hat where a gate follows
+    activation: str | None = None
+    norm_before_gate: bool = True
+    bf16_by_bits: bool = False  # the interpreter truncates to bf16 where a GPU rounds to nearest even
+
+
 @triton.jit
 def _row_offsets(rows, sizes, strides, ROW_ALIGN: tl.constexpr):
-    """Offset of the first element of each of `rows` [BLOCK_M], in 64 bits because M · N may exceed 2^31."""
+    """Offset of the first element of each of `rows`, [BLOCK_M, 1], in 64 bits because M · N may exceed 2^31."""
     offsets = tl.zeros_like(rows).to(tl.int64)
     for i in tl.static_range(len(sizes)):
         dim: tl.constexpr = len(sizes) - 1 - i
         offsets += (rows % sizes[dim]).to(tl.int64) * strides[dim + 1]
         rows = rows // sizes[dim]
     offsets += rows.to(tl.int64) * strides[0]
-    return offsets * ROW_ALIGN
+    return (offsets * ROW_ALIGN)[:, None]
 
 
 @triton.jit
-def _round_to(value, DTYPE: tl.constexpr, BF16_BY_BITS: tl.constexpr):
-    """`value` rounded to DTYPE and back; to bf16 by bits for the interpreter, which truncates where a GPU rounds to nearest even."""
-    if DTYPE == tl.bfloat16 and BF16_BY_BITS:
-        bits = value.to(tl.uint32, bitcast=True)
+def _load(ROW, cols, mask, STEPS: tl.constexpr):
+    return tl.load(ROW + cols[None, :], mask=mask, other=0.0).to(STEPS.acc)
+
+
+@triton.jit
+def _store(ROW, cols, value, mask):
+    tl.store(ROW + cols[None, :], value.to(ROW.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_weight(W, stride_w, cols, mask, STEPS: tl.constexpr):
+    """Weight + offset as [1, BLOCK_N] (an fp64 weight stays fp64 and makes the product fp64, as torch promotes), or None."""
+    if W is None:
+        return None
+    else:
+        w = tl.load(W + cols.to(tl.int64) * stride_w, mask=mask, other=0.0)
+        if W.dtype.element_ty != tl.float64:
+            w = w.to(STEPS.acc)
+        if STEPS.weight_offset != 0.0:
+            w += STEPS.weight_offset
+        return w[None, :]
+
+
+@triton.jit
+def _round(value, DTYPE: tl.constexpr, STEPS: tl.constexpr):
+    """`value` rounded to DTYPE and back."""
+    if DTYPE is None:
+        return value
+    elif DTYPE == tl.bfloat16 and STEPS.bf16_by_bits:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where(value == value, rounded, value)
+        return tl.where(value == value, rounded, value).to(value.dtype)
     else:
         return value.to(DTYPE).to(value.dtype)
 
 
 @triton.jit
-def _load_weight(W, stride_w, first, cols, N: tl.constexpr, ACC: tl.constexpr, WEIGHT_OFFSET: tl.constexpr):
-    """WEIGHT_OFFSET + the weight of columns `first` + `cols` as [1, BLOCK_N] in ACC (an fp64 weight makes the product fp64), or None."""
-    if W is None:
-        return None
+def _activate(z, STEPS: tl.constexpr):
+    """g = activation(z) and dg/dz; the compiler drops what is not used of the two."""
+    if STEPS.activation == "silu":
+        s = tl.sigmoid(z)
+        return z * s, s * (1.0 + z * (1.0 - s))
+    elif STEPS.activation == "sigmoid":
+        s = tl.sigmoid(z)
+        return s, s * (1.0 - s)
+    elif STEPS.activation == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        return z * cdf, cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif STEPS.activation == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return z * s, s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     else:
-        w = tl.load(W + (first + cols).to(tl.int64) * stride_w, mask=cols < N, other=0.0)
-        if W.dtype.element_ty != tl.float64:
-            w = w.to(ACC)
-        if WEIGHT_OFFSET != 0.0:
-            w += WEIGHT_OFFSET
-        return w[None, :]
+        tl.static_assert(STEPS.activation == "relu")
+        return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
 
 
 @triton.jit
-def _normalize(x, rstd, X_HAT_DTYPE: tl.constexpr, RSTD_DTYPE: tl.constexpr, BF16_BY_BITS: tl.constexpr):
-    """x_hat = x · rstd, with rstd and x_hat rounded to the dtypes given, if any."""
-    if RSTD_DTYPE is not None:
-        rstd = _round_to(rstd, RSTD_DTYPE, BF16_BY_BITS)
-    x_hat = x * rstd
-    if X_HAT_DTYPE is not None:
-        x_hat = _round_to(x_hat, X_HAT_DTYPE, BF16_BY_BITS)
-    return x_hat
+def _norm_input(X, RESIDUAL, GATE, cols, mask, STEPS: tl.constexpr):
+    """u [BLOCK_M, BLOCK_N]: x, or x + residual as the residual stream holds it, or x · g."""
+    u = _load(X, cols, mask, STEPS)
+    if RESIDUAL is not None:
+        u = _round(u + _load(RESIDUAL, cols, mask, STEPS), STEPS.residual_dtype, STEPS)
+    if GATE is not None and not STEPS.norm_before_gate:
+        u *= _activate(_load(GATE, cols, mask, STEPS), STEPS)[0]
+    return u
 
 
 @triton.jit
-def _store_y(Y, x, rstd, w, mask, X_HAT_DTYPE: tl.constexpr, RSTD_DTYPE: tl.constexpr, BF16_BY_BITS: tl.constexpr):
-    y = _normalize(x, rstd[:, None], X_HAT_DTYPE, RSTD_DTYPE, BF16_BY_BITS)
+def _x_hat(u, rstd, STEPS: tl.constexpr):
+    return _round(u * _round(rstd, STEPS.rstd_dtype, STEPS), STEPS.x_hat_dtype, STEPS)
+
+
+@triton.jit
+def _norm_output(u, rstd, w, GATE, cols, mask, STEPS: tl.constexpr):
+    """y [BLOCK_M, BLOCK_N]: w · x_hat, or w · x_hat · g."""
+    y = _x_hat(u, rstd, STEPS)
     if w is not None:
         y = y * w
-    tl.store(Y, y.to(Y.dtype.element_ty), mask=mask)
+    if GATE is not None and STEPS.norm_before_gate:
+        y = _round(y, STEPS.product_dtype, STEPS) * _activate(_load(GATE, cols, mask, STEPS), STEPS)[0]
+    return y
 
 
 @triton.jit
 def _rms_norm_fwd_kernel(
     X,  # [M, groups · N], strided
+    RESIDUAL,  # the same, or None
+    GATE,  # the same, or None
     W,  # [groups · N], strided, or None
     Y,  # [M, groups · N]
+    RESIDUAL_OUT,  # [M, groups · N], or None
     RSTD,  # [M, groups], or None
     M,
     sizes,
     x_strides,
+    residual_strides,
+    gate_strides,
     stride_w,
-    eps: tl.float64,  # annotated so that all of it arrives; used in ACC
+    eps: tl.float64,  # annotated so that all of it arrives; used in acc
+    STEPS: tl.constexpr,
     N: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    X_HAT_DTYPE: tl.constexpr,
-    RSTD_DTYPE: tl.constexpr,
-    BF16_BY_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     group = tl.program_id(1)
     groups = tl.num_programs(1)
-    X += group * N
-    Y += group * N
+    first = group * N
     cols = tl.arange(0, BLOCK_N)
-    w = _load_weight(W, stride_w, group * N, cols, N, ACC, WEIGHT_OFFSET)
-    eps = tl.full([], eps, ACC)
+    eps = tl.full([], eps, STEPS.acc)
+    if BLOCK_N >= N:
+        w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
 
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_mask = (rows < M)[:, None]
-        x_rows = X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN)[:, None]
-        y_rows = Y + (rows.to(tl.int64) * (groups * N))[:, None]
+        in_rows = (rows < M)[:, None]
+        out_row = (rows.to(tl.int64) * (groups * N))[:, None] + first
+        x_row = X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN) + first
+        y_row = Y + out_row
+        residual_row = None
+        gate_row = None
+        if RESIDUAL is not None:
+            residual_row = RESIDUAL + _row_offsets(rows, sizes, residual_strides, ROW_ALIGN) + first
+        if GATE is not None:
+            gate_row = GATE + _row_offsets(rows, sizes, gate_strides, ROW_ALIGN) + first
 
         if BLOCK_N >= N:
-            mask = row_mask & (cols < N)[None, :]
-            x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(ACC)  # [BLOCK_M, BLOCK_N]
-            sum_of_squares = tl.sum(x * x, axis=1)
+            mask = in_rows & (cols < N)[None, :]
+            u = _norm_input(x_row, residual_row, gate_row, cols, mask, STEPS)
+            sum_of_squares = tl.sum(u * u, axis=1)
         else:
-            squares = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+            squares = tl.zeros([BLOCK_M, BLOCK_N], STEPS.acc)
             for start in tl.range(0, N, BLOCK_N):
                 block = start + cols
-                mask = row_mask & (block < N)[None, :]
-                x = tl.load(x_rows + block[None, :], mask=mask, other=0.0).to(ACC)
-                squares += x * x
+                u = _norm_input(x_row, residual_row, gate_row, block, in_rows & (block < N)[None, :], STEPS)
+                squares += u * u
             sum_of_squares = tl.sum(squares, axis=1)
 
         rstd = tl.rsqrt(sum_of_squares / N + eps)
@@ -130,49 +196,55 @@ def _rms_norm_fwd_kernel(
             tl.store(RSTD + rows.to(tl.int64) * groups + group, rstd, mask=rows < M)
 
         if BLOCK_N >= N:
-            _store_y(y_rows + cols[None, :], x, rstd, w, mask, X_HAT_DTYPE, RSTD_DTYPE, BF16_BY_BITS)
+            if RESIDUAL_OUT is not None:
+                _store(RESIDUAL_OUT + out_row, cols, u, mask)
+            _store(y_row, cols, _norm_output(u, rstd[:, None], w, gate_row, cols, mask, STEPS), mask)
         else:
             for start in tl.range(0, N, BLOCK_N):
                 block = start + cols
-                mask = row_mask & (block < N)[None, :]
-                x = tl.load(x_rows + block[None, :], mask=mask, other=0.0).to(ACC)
-                w = _load_weight(W, stride_w, group * N, block, N, ACC, WEIGHT_OFFSET)
-                _store_y(y_rows + block[None, :], x, rstd, w, mask, X_HAT_DTYPE, RSTD_DTYPE, BF16_BY_BITS)
+                mask = in_rows & (block < N)[None, :]
+                u = _norm_input(x_row, residual_row, gate_row, block, mask, STEPS)
+                if RESIDUAL_OUT is not None:
+                    _store(RESIDUAL_OUT + out_row, block, u, mask)
+                w = _load_weight(W, stride_w, first + block, block < N, STEPS)
+                _store(y_row, block, _norm_output(u, rstd[:, None], w, gate_row, block, mask, STEPS), mask)
 
 
 @triton.jit
 def _rms_norm_bwd_kernel(
     DY,  # [M, groups · N], strided
-    X,  # [M, groups · N], strided
+    DRESIDUAL_OUT,  # the same, or None
+    X,  # the same: x, or x + residual
+    GATE,  # the same, or None
     W,  # [groups · N], strided, or None
     RSTD,  # [M, groups]
     C1,  # [M, groups], or None where a row fits a tile
     DX,  # [M, groups · N], or None
+    DRESIDUAL,  # the same, or None where DX has its dtype and serves for both
+    DGATE,  # the same, or None
     DW_PARTIAL,  # [programs, groups · N], or None
     M,
     sizes,
     dy_strides,
+    dresidual_out_strides,
     x_strides,
+    gate_strides,
     stride_w,
+    STEPS: tl.constexpr,
     N: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    X_HAT_DTYPE: tl.constexpr,
-    RSTD_DTYPE: tl.constexpr,
-    BF16_BY_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    GATE_FIRST: tl.constexpr = GATE is not None and not STEPS.norm_before_gate
+    GATE_LAST: tl.constexpr = GATE is not None and STEPS.norm_before_gate
+    NEEDS_DU: tl.constexpr = DX is not None or DRESIDUAL is not None or (GATE_FIRST and DGATE is not None)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
+    first = group * N
     cols = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    X += group * N
-    DY += group * N
-    if DX is not None:
-        DX += group * N
-        w = _load_weight(W, stride_w, group * N, cols, N, ACC, WEIGHT_OFFSET)
+    w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
     if DW_PARTIAL is not None:
         dw = tl.zeros([BLOCK_M, BLOCK_N], DW_PARTIAL.dtype.element_ty)
 
@@ -180,27 +252,46 @@ def _rms_norm_bwd_kernel(
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         scalars = rows.to(tl.int64) * groups + group
-        x_offsets = _row_offsets(rows, sizes, x_strides, ROW_ALIGN)[:, None] + cols[None, :]
-        dy_offsets = _row_offsets(rows, sizes, dy_strides, ROW_ALIGN)[:, None] + cols[None, :]
-        x = tl.load(X + x_offsets, mask=mask, other=0.0).to(ACC)  # [BLOCK_M, BLOCK_N]
-        dy = tl.load(DY + dy_offsets, mask=mask, other=0.0).to(ACC)
+        out_row = (rows.to(tl.int64) * (groups * N))[:, None] + first
+
+        x = _load(X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN) + first, cols, mask, STEPS)
+        dy = _load(DY + _row_offsets(rows, sizes, dy_strides, ROW_ALIGN) + first, cols, mask, STEPS)
         rstd = tl.load(RSTD + scalars, mask=rows < M, other=0.0)[:, None]
-        x_hat = _normalize(x, rstd, X_HAT_DTYPE, RSTD_DTYPE, BF16_BY_BITS)
+        u = x
+        if GATE is not None:
+            z = _load(GATE + _row_offsets(rows, sizes, gate_strides, ROW_ALIGN) + first, cols, mask, STEPS)
+            g, dg = _activate(z, STEPS)
+        if GATE_FIRST:
+            u = x * g
+        x_hat = _x_hat(u, rstd, STEPS)
+        if GATE_LAST:
+            if DGATE is not None:
+                product = x_hat if w is None else x_hat * w
+                _store(DGATE + out_row, cols, dy * _round(product, STEPS.product_dtype, STEPS) * dg, mask)
+            dy *= g
 
         if DW_PARTIAL is not None:
             dw += dy * x_hat
-        if DX is not None:
-            wdy = dy * w if W is not None else dy
+        if NEEDS_DU:
+            wdy = dy if w is None else dy * w
             if C1 is not None:
                 c1 = tl.load(C1 + scalars, mask=rows < M, other=0.0)
             else:
                 c1 = tl.sum(x_hat * wdy, axis=1) / N
-            dx = (wdy - x_hat * c1[:, None]) * rstd
-            dx_offsets = (rows.to(tl.int64) * (groups * N))[:, None] + cols[None, :]
-            tl.store(DX + dx_offsets, dx.to(DX.dtype.element_ty), mask=mask)
+            du = (wdy - x_hat * c1[:, None]) * rstd
+            if DRESIDUAL_OUT is not None:
+                du += _load(DRESIDUAL_OUT + _row_offsets(rows, sizes, dresidual_out_strides, ROW_ALIGN) + first, cols, mask, STEPS)
+            if DRESIDUAL is not None:
+                _store(DRESIDUAL + out_row, cols, du, mask)
+            if GATE_FIRST:
+                if DGATE is not None:
+                    _store(DGATE + out_row, cols, du * x * dg, mask)
+                du *= g
+            if DX is not None:
+                _store(DX + out_row, cols, du, mask)
 
     if DW_PARTIAL is not None:
-        partial = DW_PARTIAL + tl.program_id(0).to(tl.int64) * (groups * N) + group * N
+        partial = DW_PARTIAL + tl.program_id(0).to(tl.int64) * (groups * N) + first
         tl.store(partial + cols, tl.sum(dw, axis=0), mask=cols < N)
 
 
@@ -208,6 +299,7 @@ def _rms_norm_bwd_kernel(
 def _rms_norm_bwd_c1_kernel(
     DY,
     X,
+    GATE,
     W,
     RSTD,
     C1,
@@ -215,42 +307,47 @@ def _rms_norm_bwd_c1_kernel(
     sizes,
     dy_strides,
     x_strides,
+    gate_strides,
     stride_w,
+    STEPS: tl.constexpr,
     N: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    X_HAT_DTYPE: tl.constexpr,
-    RSTD_DTYPE: tl.constexpr,
-    BF16_BY_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """c1 of rows that fit no tile; arguments as in _rms_norm_bwd_kernel."""
+    """c1 of rows that fit no tile, one tile a program; arguments as in _rms_norm_bwd_kernel."""
     group = tl.program_id(1)
     groups = tl.num_programs(1)
-    X += group * N
-    DY += group * N
+    first = group * N
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     scalars = rows.to(tl.int64) * groups + group
-    x_rows = X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN)[:, None]
-    dy_rows = DY + _row_offsets(rows, sizes, dy_strides, ROW_ALIGN)[:, None]
+    x_row = X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN) + first
+    dy_row = DY + _row_offsets(rows, sizes, dy_strides, ROW_ALIGN) + first
+    if GATE is not None:
+        gate_row = GATE + _row_offsets(rows, sizes, gate_strides, ROW_ALIGN) + first
     rstd = tl.load(RSTD + scalars, mask=rows < M, other=0.0)[:, None]
+
     products = tl.zeros([BLOCK_M, BLOCK_N], C1.dtype.element_ty)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(ACC)
-        dy = tl.load(dy_rows + cols[None, :], mask=mask, other=0.0).to(ACC)
-        w = _load_weight(W, stride_w, group * N, cols, N, ACC, WEIGHT_OFFSET)
-        wdy = dy * w if W is not None else dy
-        products += _normalize(x, rstd, X_HAT_DTYPE, RSTD_DTYPE, BF16_BY_BITS) * wdy
+        u = _load(x_row, cols, mask, STEPS)
+        dy = _load(dy_row, cols, mask, STEPS)
+        if GATE is not None:
+            g, _ = _activate(_load(gate_row, cols, mask, STEPS), STEPS)
+            if STEPS.norm_before_gate:
+                dy *= g
+            else:
+                u *= g
+        w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
+        wdy = dy if w is None else dy * w
+        products += _x_hat(u, rstd, STEPS) * wdy
     tl.store(C1 + scalars, tl.sum(products, axis=1) / N, mask=rows < M)
 
 
 @triton.jit
 def _sum_partials_kernel(DW_PARTIAL, DW, programs, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dw [COLS] = sum over programs of DW_PARTIAL [programs, COLS], cast to the dtype of the weight."""
+    """dw [COLS]: the sum over programs of DW_PARTIAL [programs, COLS], cast to the dtype of the weight."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_M, BLOCK_N], DW_PARTIAL.dtype.element_ty)
     for start in tl.range(0, programs, BLOCK_M):

@@ -5,6 +5,7 @@ outputs and starts the compiled kernel. Under TRITON_INTERPRET=1, set before Tri
 """
 
 import threading
+from dataclasses import replace
 from functools import cache, lru_cache
 from math import gcd, prod
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_rmsnorm import kernels, tuning
-from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.reference import Gradients, Spec, accumulation_dtype
 
 INTERPRETED = not isinstance(kernels._rms_norm_fwd_kernel, triton.JITFunction)
 
@@ -28,43 +29,68 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
 
 
-def forward(x: Tensor, weight: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
-    """y [shape of x] and rstd [spec.rstd_shape], in one launch."""
-    x = _readable(x, spec)
-    weight = _flat(weight)
-    y = torch.empty(x.shape, dtype=spec.output_dtype(x.dtype, weight.dtype if weight is not None else None), device=x.device)
-    rstd = torch.empty(spec.rstd_shape(x.shape), dtype=accumulation_dtype(x.dtype), device=x.device)
+def forward(
+    x: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y [shape of x], rstd [spec.rstd_shape] and x + residual (or None), in one launch."""
+    x, residual, gate, weight = _readable(x, spec), _readable(residual, spec), _readable(gate, spec), _flat(weight)
+    y = torch.empty(x.shape, dtype=spec.output_dtype(x, weight), device=x.device)
+    rstd = torch.empty(spec.rstd_shape(x.shape), dtype=accumulation_dtype(x, residual, gate), device=x.device)
+    residual_out = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     if x.numel() == 0:
-        return y, rstd.fill_(torch.nan)  # the mean of nothing
-    launch = forward_launch(spec, _layout(x), _layout(weight), device_of(x))
-    launch(x, weight, y, rstd)
-    return y, rstd
+        return y, rstd.fill_(torch.nan), residual_out  # the mean of nothing
+    launch = forward_launch(spec, _layout(x), _layout(weight), device_of(x), _layout(residual), _layout(gate))
+    launch(x, residual, gate, weight, y, residual_out, rstd)
+    return y, rstd, residual_out
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed; what is not is not computed either."""
+
+    dx: bool = True
+    dresidual: bool = False  # apart from dx: not needed where dx has its dtype and serves for both
+    dgate: bool = False
+    dw: bool = True
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, spec: Spec, needs_dx: bool = True, needs_dw: bool = True
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx [shape of x] and dw [shape of weight]; None for what is not needed, which is then not computed either."""
-    dy, x, rstd = _readable(dy, spec), _readable(x, spec), rstd.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs_dw and weight is not None else None
-    if x.numel() == 0:
-        return dx, None if dw is None else dw.zero_()
-    if dx is None and dw is None:
-        return None, None
-    weight = _flat(weight)
-    device = device_of(x)
-    launches = backward_launches(spec, _layout(dy), _layout(x), _layout(weight), needs_dx, dw is not None, device)
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    spec: Spec,
+    gate: Tensor | None = None,
+    dresidual_out: Tensor | None = None,
+    x_dtype: torch.dtype | None = None,
+    needs: Needs | None = None,
+) -> Gradients:
+    """The gradients that are needed (by default dx and dw), contiguous; arguments as in reference.backward."""
+    needs = needs or Needs()
+    dy, dresidual_out, x, gate = (_readable(t, spec) for t in (dy, dresidual_out, x, gate))
+    dx = torch.empty(x.shape, dtype=x_dtype or x.dtype, device=x.device) if needs.dx else None
+    dresidual = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs.dresidual else None
+    dgate = torch.empty(x.shape, dtype=gate.dtype, device=x.device) if needs.dgate else None
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs.dw and weight is not None else None
+    gradients = Gradients(dx, dresidual, dgate, dw)
+    if x.numel() == 0 and dw is not None:
+        dw.zero_()
+    if x.numel() == 0 or not any(gradient is not None for gradient in gradients):
+        return gradients
+
+    weight, rstd = _flat(weight), rstd.contiguous()
+    needs = needs._replace(dw=dw is not None)
+    layouts = (_layout(dy), _layout(x), _layout(weight))
+    launches = backward_launches(spec, *layouts, needs, device_of(x), _layout(gate), _layout(dresidual_out))
     c1 = dw_partial = None
     if launches.c1 is not None:
-        c1 = torch.empty(rstd.shape, dtype=accumulation_dtype(x.dtype, weight.dtype if weight is not None else None), device=x.device)
-        launches.c1(dy, x, weight, rstd, c1)
+        c1 = torch.empty(rstd.shape, dtype=accumulation_dtype(rstd, weight), device=x.device)
+        launches.c1(dy, x, gate, weight, rstd, c1)
     if dw is not None:
-        dw_partial = torch.empty((launches.main.grid[0], dw.numel()), dtype=accumulation_dtype(x.dtype, dw.dtype), device=x.device)
-    launches.main(dy, x, weight if needs_dx else None, rstd, c1, dx, dw_partial)
+        dw_partial = torch.empty((launches.main.grid[0], dw.numel()), dtype=accumulation_dtype(rstd, dw), device=x.device)
+    launches.main(dy, dresidual_out, x, gate, weight, rstd, c1, dx, dresidual, dgate, dw_partial)
     if dw is not None:
         launches.sum_partials(dw_partial, dw)
-    return dx, dw
+    return gradients
 
 
 class Launch:
@@ -83,7 +109,7 @@ class Launch:
             return _interpret(self, pointers)
         # Triton compiles for what pointers are divisible by. Everything else that it specializes on is fixed here.
         aligned = tuple([pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers])
-        with torch.cuda.device_of(pointers[1]):
+        with torch.cuda.device_of(pointers[0]):
             compiled = self._compiled.get(aligned)
             if compiled is None:
                 self._compiled[aligned] = self.kernel[self.grid](*pointers, *self.arguments, **self.options)
@@ -94,13 +120,16 @@ class Launch:
 _INTERPRETER_LOCK = threading.Lock()  # the interpreter keeps the program id in a global, and autograd has threads of its own
 
 
+_OUTPUTS = ("Y", "RESIDUAL_OUT", "DX", "DRESIDUAL", "DGATE", "DW")
+
+
 def _interpret(launch: Launch, pointers: tuple[Tensor | None, ...]) -> None:
     """Interprets a launch. The interpreter truncates to bf16: it gets fp32 copies of bf16 tensors, and torch rounds what was written."""
     copies = [_fp32_copy(p) if p is not None and p.dtype == torch.bfloat16 else p for p in pointers]
     with _INTERPRETER_LOCK:
         launch.kernel[launch.grid](*copies, *launch.arguments)
     for pointer, copy, name in zip(pointers, copies, launch.kernel.arg_names, strict=False):
-        if copy is not pointer and name in ("Y", "DX", "DW"):
+        if copy is not pointer and name in _OUTPUTS:
             pointer.copy_(copy)
 
 
@@ -125,27 +154,43 @@ class BackwardLaunches(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def forward_launch(spec: Spec, x: Layout, weight: Layout | None, device: tuning.Device) -> Launch:
-    config = tuning.forward_config(spec.columns, x.dtype.itemsize, weight.dtype.itemsize if weight else 0, device)
-    values = _values(spec, config, weight, {"x_strides": x})
+def forward_launch(
+    spec: Spec, x: Layout, weight: Layout | None, device: tuning.Device, residual: Layout | None = None, gate: Layout | None = None
+) -> Launch:
+    rows = {"x_strides": x, "residual_strides": residual, "gate_strides": gate}
+    loads = sum(layout is not None for layout in rows.values())
+    stores = 2 if residual else 1
+    config = tuning.forward_config(spec.columns, _itemsize(*rows.values()), _itemsize(weight), device, loads, stores)
+    values = _values(spec, config, rows, weight)
+    if residual:
+        values["STEPS"] = replace(values["STEPS"], residual_dtype=_TL_DTYPES[residual.dtype])
     grid = (_programs(values["M"], config, spec.groups), spec.groups, 1)
     return Launch(kernels._rms_norm_fwd_kernel, grid, config, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
 
 
 @lru_cache(maxsize=4096)
 def backward_launches(
-    spec: Spec, dy: Layout, x: Layout, weight: Layout | None, needs_dx: bool, needs_dw: bool, device: tuning.Device
+    spec: Spec,
+    dy: Layout,
+    x: Layout,
+    weight: Layout | None,
+    needs: Needs,
+    device: tuning.Device,
+    gate: Layout | None = None,
+    dresidual_out: Layout | None = None,
 ) -> BackwardLaunches:
-    itemsize = max(dy.dtype.itemsize, x.dtype.itemsize)
-    config = tuning.backward_config(spec.columns, itemsize, weight.dtype.itemsize if weight else 0, device)
-    values = _values(spec, config, weight, {"dy_strides": dy, "x_strides": x})
+    rows = {"dy_strides": dy, "dresidual_out_strides": dresidual_out, "x_strides": x, "gate_strides": gate}
+    loads = sum(layout is not None for layout in rows.values())
+    stores = max(1, needs.dx + needs.dresidual + needs.dgate)
+    config = tuning.backward_config(spec.columns, _itemsize(*rows.values()), _itemsize(weight), device, loads, stores)
+    values = _values(spec, config, rows, weight)
     blocks = triton.cdiv(spec.columns, config.block_n)
     programs = _programs(values["M"], config, spec.groups * blocks)
     main = Launch(kernels._rms_norm_bwd_kernel, (programs, spec.groups, blocks), config, NUM_STAGES=config.num_stages, **values)
     c1 = sum_partials = None
-    if blocks > 1 and needs_dx:
+    if blocks > 1 and needs != (False, False, False, True):
         c1 = Launch(kernels._rms_norm_bwd_c1_kernel, (triton.cdiv(values["M"], config.block_m), spec.groups, 1), config, **values)
-    if needs_dw:
+    if needs.dw:
         columns = spec.groups * spec.columns
         config = tuning.reduction_config(columns, device)
         sizes = {"COLS": columns, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
@@ -154,29 +199,42 @@ def backward_launches(
     return BackwardLaunches(c1, main, sum_partials)
 
 
+def _itemsize(*layouts: Layout | None) -> int:
+    """Bytes an element of the widest; 0 for nothing."""
+    return max(layout.dtype.itemsize if layout else 0 for layout in layouts)
+
+
 def _programs(rows: int, config: tuning.Config, columns_of_grid: int) -> int:
     """Extent of grid axis 0: no more programs than tiles, nor than `config` allows over the whole grid."""
     return min(triton.cdiv(rows, config.block_m), max(1, config.programs // columns_of_grid))
 
 
-def _values(spec: Spec, config: tuning.Config, weight: Layout | None, tensors: dict[str, Layout]) -> dict:
-    """What the forward and the backward kernel both take besides pointers; `tensors` by the name of their strides, x last."""
-    x = tensors["x_strides"]
-    outer = len(x.shape) - len(spec.normalized_shape)
-    sizes, strides = _rows(x.shape[:outer], *(tensor.strides[:outer] for tensor in tensors.values()))
+def _values(spec: Spec, config: tuning.Config, tensors: dict[str, Layout | None], weight: Layout | None) -> dict:
+    """What the forward and the backward kernel take besides pointers; `tensors` of rows by the name of their strides."""
+    present = {name: layout for name, layout in tensors.items() if layout}
+    shape = tensors["x_strides"].shape
+    outer = len(shape) - len(spec.normalized_shape)
+    sizes, strides = _rows(shape[:outer], *(layout.strides[:outer] for layout in present.values()))
     row_align = gcd(16, *(stride for row in strides for stride in row))
+    units = {name: tuple(stride // row_align for stride in row) for name, row in zip(present, strides, strict=True)}
+    steps = kernels.Steps(
+        acc=tl.float64 if any(layout.dtype == torch.float64 for layout in present.values()) else tl.float32,
+        weight_offset=spec.weight_offset,
+        x_hat_dtype=_TL_DTYPES[spec.x_hat_dtype],
+        rstd_dtype=_TL_DTYPES[spec.rstd_dtype],
+        product_dtype=_TL_DTYPES[spec.product_dtype(weight)] if spec.activation else None,
+        activation=spec.activation,
+        norm_before_gate=spec.norm_before_gate,
+        bf16_by_bits=INTERPRETED,
+    )
     return {
-        "M": prod(x.shape[:outer]),
+        "M": prod(shape[:outer]),
         "sizes": sizes,
-        **{name: tuple(stride // row_align for stride in row) for name, row in zip(tensors, strides, strict=True)},
+        **{name: units.get(name, ()) for name in tensors},
         "stride_w": weight.strides[0] if weight else 1,
+        "STEPS": steps,
         "N": spec.columns,
         "ROW_ALIGN": row_align,
-        "ACC": _TL_DTYPES[accumulation_dtype(x.dtype)],
-        "WEIGHT_OFFSET": spec.weight_offset,
-        "X_HAT_DTYPE": _TL_DTYPES[spec.x_hat_dtype],
-        "RSTD_DTYPE": _TL_DTYPES[spec.rstd_dtype],
-        "BF16_BY_BITS": INTERPRETED,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -198,8 +256,10 @@ def _rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int,
     return sizes[1:], merged
 
 
-def _readable(x: Tensor, spec: Spec) -> Tensor:
+def _readable(x: Tensor | None, spec: Spec) -> Tensor | None:
     """x itself where its normalized dimensions are one contiguous run and its sign is materialized, else a copy."""
+    if x is None:
+        return None
     x = x.resolve_neg()
     run = 1
     for size, stride in zip(reversed(spec.normalized_shape), reversed(x.stride()), strict=False):

@@ -63,10 +63,13 @@ def next_power_of_2(n: int) -> int:
 
 
 @cache
-def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device) -> Config:
-    """Configuration of the forward kernel for rows of `n` columns of `itemsize` bytes and a weight of `weight_itemsize` (0: none)."""
+def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device, loads: int = 1, stores: int = 1) -> Config:
+    """Configuration of the forward kernel for rows of `n` columns of `itemsize` bytes and a weight of `weight_itemsize` (0: none).
+
+    `loads` and `stores` count the tensors of rows: 1 and 1, with a residual 2 and 2, with a gate 2 and 1.
+    """
     overhead_bytes = weight_itemsize
-    budget = _program_budget(FORWARD_OVERHEAD, 2 * itemsize, overhead_bytes)
+    budget = _program_budget(FORWARD_OVERHEAD, (loads + stores) * itemsize, overhead_bytes)
     # Two programs an SM overlap one's reduction with the other's loads; where the weight allows only one, it gets the tile of both.
     per_sm = 2 if n <= 8192 and budget >= 2 * device.num_sms else 1
     return _config(
@@ -74,7 +77,8 @@ def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device) 
         itemsize,
         tile=8192 // per_sm,
         capacity=FORWARD_ELEMENTS_PER_CTA,
-        streams=1,
+        loads=loads,
+        extra=loads - 1,
         programs_per_sm=per_sm,
         budget=budget,
         device=device,
@@ -82,17 +86,18 @@ def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device) 
 
 
 @cache
-def backward_config(n: int, itemsize: int, weight_itemsize: int, device: Device) -> Config:
-    """Configuration of the backward kernel; `itemsize` is that of the wider of x and dy."""
+def backward_config(n: int, itemsize: int, weight_itemsize: int, device: Device, loads: int = 2, stores: int = 1) -> Config:
+    """Configuration of the backward kernel; `itemsize` is that of the wider of x and dy. With a residual 3 loads, with a gate 3 and 2."""
     overhead_bytes = weight_itemsize + 2 * max(4, weight_itemsize)  # w is read, a partial dw written and read again
     return _config(
         n,
         itemsize,
         tile=8192,
         capacity=BACKWARD_ELEMENTS_PER_CTA if device.max_ctas > 1 else BACKWARD_ELEMENTS_WITHOUT_CLUSTER,
-        streams=2,
+        loads=loads,
+        extra=loads - 2,
         programs_per_sm=1,  # the dw of one program fills its registers, and partial dw is traffic
-        budget=_program_budget(BACKWARD_OVERHEAD, 3 * itemsize, overhead_bytes),
+        budget=_program_budget(BACKWARD_OVERHEAD, (loads + stores) * itemsize, overhead_bytes),
         device=device,
     )
 
@@ -109,13 +114,13 @@ def _program_budget(overhead: float, row_bytes: int, program_bytes: int) -> int:
     return int(overhead * OVERHEAD_ROWS * row_bytes / program_bytes) if program_bytes else 1 << 16
 
 
-def _config(n, itemsize, *, streams, tile, capacity, programs_per_sm, budget, device) -> Config:
+def _config(n, itemsize, *, loads, extra, tile, capacity, programs_per_sm, budget, device) -> Config:
     block_n = next_power_of_2(n)
     if device.backend == "interpreter":
         block_n = block_n if block_n <= capacity else BLOCKED_ELEMENTS
         return Config(max(1, (1 << 16) // block_n), block_n, 1, 1, 1, device.num_sms)
 
-    if itemsize == 8:  # twice the registers an element
+    if itemsize == 8 or extra:  # more registers an element
         tile, capacity = tile // 2, capacity // 2
     num_ctas = max(1, block_n // capacity)
     blocked = num_ctas > device.max_ctas
@@ -128,7 +133,7 @@ def _config(n, itemsize, *, streams, tile, capacity, programs_per_sm, budget, de
     programs = max(1, min(device.num_sms * programs_per_sm // num_ctas, budget))
     num_stages = 1
     if device.backend == "cuda" and not blocked:
-        tile_bytes = elements * streams * itemsize
+        tile_bytes = elements * loads * itemsize
         wanted = -(-BYTES_IN_FLIGHT // (tile_bytes * programs_per_sm))
         num_stages = 1 + max(1, min(wanted, 6, device.shared_memory // programs_per_sm // tile_bytes - 1))
     if device.backend == "hip":
