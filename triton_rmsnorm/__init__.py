@@ -1,7 +1,19 @@
 """RMSNorm as fused Triton kernels, forward and backward, in place of torch.nn.RMSNorm."""
 
 from triton_rmsnorm._version import __version__
-from triton_rmsnorm.functional import rms_norm
-from triton_rmsnorm.modules import RMSNorm
+from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.modules import AddRMSNorm, RMSNorm, RMSNormGated
+from triton_rmsnorm.patching import patch, patched, unpatch
 
-__all__ = ["RMSNorm", "__version__", "rms_norm"]
+__all__ = [
+    "AddRMSNorm",
+    "RMSNorm",
+    "RMSNormGated",
+    "__version__",
+    "add_rms_norm",
+    "patch",
+    "patched",
+    "rms_norm",
+    "rms_norm_gated",
+    "unpatch",
+]

@@ -1,14 +1,15 @@
-"""Functions on tensors: checks, and the choice between our kernels and torch's own operator."""
+"""The functions that users call: checks, and the choice between the kernels and torch."""
 
 from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from triton_rmsnorm import launch, reference
-from triton_rmsnorm.ops import RMSNormFunction
+from triton_rmsnorm.ops import normalize
 from triton_rmsnorm.reference import Spec
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,15 +69,143 @@ def rms_norm(
             rstd_dtype=rstd_dtype,
         )
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
-    if launch.runs_on(input.device) and not input.is_complex():
-        input, weight = _autocast(input, weight)
-        return RMSNormFunction.apply(input, weight, None, None, spec)
-    if spec == Spec(spec.normalized_shape, spec.eps):
+    if input.is_complex() or (_torch_alone(input) and spec == Spec(spec.normalized_shape, spec.eps)):
         return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
-    return reference.forward(input, weight, spec)[0]
+    return _channels_last(input, _normalize(*_autocast(input, weight), spec)[0])
 
 
-def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype) -> Spec:
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    x_hat_dtype: torch.dtype | None = None,
+    rstd_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Adds to the residual stream and normalizes the sum, in one pass over memory each way.
+
+    .. math:: r' = x + r, \qquad y = \gamma \cdot r' \cdot (\operatorname{mean}(r'^2) + \epsilon)^{-1/2}
+
+    Args:
+        input: x of shape (*, *normalized_shape); fp16, bf16, fp32 or fp64.
+        residual: r of the same shape, in any of these dtypes: an fp32 stream beside bf16 activations, for example.
+        normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype: as in rms_norm.
+
+    Returns:
+        (y, r'): y in the dtype of input (with x_hat_dtype: of the product), r' rounded to the dtype of residual before it is normalized.
+
+    Raises:
+        RuntimeError: input and residual differ in shape or device.
+        As rms_norm, otherwise.
+
+    Source: the pre-norm residual block, as in Llama (arXiv:2302.13971).
+    """
+    if has_torch_function_variadic(input, residual, weight):
+        return handle_torch_function(
+            add_rms_norm,
+            (input, residual, weight),
+            input,
+            residual,
+            normalized_shape,
+            weight,
+            eps,
+            group_size=group_size,
+            weight_offset=weight_offset,
+            x_hat_dtype=x_hat_dtype,
+            rstd_dtype=rstd_dtype,
+        )
+    spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
+    _check_beside("residual", residual, input)
+    return _normalize(input, weight, spec, residual=residual)
+
+
+def rms_norm_gated(
+    input: Tensor,
+    gate: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    x_hat_dtype: torch.dtype | None = None,
+    rstd_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""RMSNorm with a gate, after or before it, fused forward and backward.
+
+    .. math:: y = \operatorname{norm}(x) \cdot g \quad\text{or}\quad y = \operatorname{norm}(x \cdot g), \qquad g = \sigma(z)
+
+    Args:
+        input: x of shape (*, *normalized_shape); fp16, bf16, fp32 or fp64.
+        gate: z of the same shape, in any of these dtypes; like input, read in place where rows are contiguous, so both may be slices of
+            one projection.
+        activation: "silu", "sigmoid", "gelu", "gelu_tanh" or "relu"; computed in fp32 (fp64 for fp64 input).
+        norm_before_gate: True for norm(x) · g (Qwen3-Next), False for norm(x · g) (Mamba2).
+        normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype: as in rms_norm. With x_hat_dtype the product of
+            weight and normalized x is rounded to its own dtype before a gate multiplies it.
+
+    Returns:
+        y in the dtype of input (with x_hat_dtype and the gate before the norm: of the product).
+
+    Raises:
+        ValueError: activation is not known.
+        RuntimeError: input and gate differ in shape or device.
+        As rms_norm, otherwise.
+
+    Source: Dao and Gu, Transformers are SSMs (Mamba-2), 2024 (arXiv:2405.21060).
+    """
+    if has_torch_function_variadic(input, gate, weight):
+        return handle_torch_function(
+            rms_norm_gated,
+            (input, gate, weight),
+            input,
+            gate,
+            normalized_shape,
+            weight,
+            eps,
+            activation=activation,
+            norm_before_gate=norm_before_gate,
+            group_size=group_size,
+            weight_offset=weight_offset,
+            x_hat_dtype=x_hat_dtype,
+            rstd_dtype=rstd_dtype,
+        )
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
+    _check_beside("gate", gate, input)
+    return _normalize(input, weight, spec._replace(activation=activation, norm_before_gate=norm_before_gate), gate=gate)[0]
+
+
+def _normalize(
+    input: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y and x + residual: by the kernels, or where they cannot run, composed of torch's operations."""
+    if _torch_alone(input):
+        y, _, residual_out = reference.forward(input, weight, spec, residual, gate)
+        return y, residual_out
+    return normalize(input, weight, spec, residual, gate)
+
+
+def _torch_alone(input: Tensor) -> bool:
+    """Whether torch has to compute this without us: on other devices, and while torch.jit traces."""
+    return not launch.runs_on(input.device) or torch._C._get_tracing_state() is not None
+
+
+def _channels_last(input: Tensor, output: Tensor) -> Tensor:
+    """The output in the memory format of the input, which is what torch keeps of its layout."""
+    if input.dim() in (4, 5) and input.stride(1) == 1:
+        return output.contiguous(memory_format=suggest_memory_format(input))
+    return output
+
+
+def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=False) -> Spec:
     """The Spec of a call whose arguments fit one another; raises what torch raises where they do not."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
@@ -86,7 +215,7 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
     if eps is not None and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
         eps = _number(eps)
-    if not input.is_complex():
+    if real or not input.is_complex():
         _check_dtype("input", input)
     ndim = len(normalized_shape)
     if ndim == 0:
@@ -110,6 +239,17 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
     if eps is None:
         eps = torch.finfo(reference.accumulation_dtype(input)).eps
     return Spec((*shape,), eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
+
+
+def _check_beside(name: str, tensor: Tensor, input: Tensor) -> None:
+    """A residual or a gate has to fit the input."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != input.shape:
+        raise RuntimeError(f"{name} must have the shape of input, {(*input.shape,)}, got {(*tensor.shape,)}")
+    if tensor.device != input.device:
+        raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {tensor.device}")
+    _check_dtype(name, tensor)
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:

@@ -1,13 +1,22 @@
-"""The operators `triton_rmsnorm::forward` and `::backward`, their fake implementations, and the autograd Function over them.
+"""The operators `triton_rmsnorm::forward` and `::backward` with their fake implementations, and the autograd Functions over them.
 
-In plain eager mode the Function launches the kernels without a detour through the dispatcher; wherever something traces or intercepts
-(torch.compile, export, fake tensors, subclasses, dispatch modes), it calls the operators.
+Three ways lead to the kernels, and `normalize` chooses:
+
+    plain eager             RMSNormFunction, which launches them without a detour through the dispatcher
+    traced or intercepted   RMSNormFunction over the operators (torch.compile, export, fake tensors, DTensor, dispatch modes)
+    torch.func              TransformableForward and TransformableBackward, with rules for vmap and higher derivatives
+
+Forward-mode derivatives, second derivatives and a batched weight are composed of torch's operations, from `reference`.
 """
+
+import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_rmsnorm import launch, reference
+from triton_rmsnorm.launch import Needs
 from triton_rmsnorm.reference import Spec, accumulation_dtype
 
 _SPEC = (
@@ -31,7 +40,7 @@ def _forward(x, weight, residual, gate, *spec):
 
 
 def _backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, needs, *spec):
-    gradients = launch.backward(dy, x, weight, rstd, _spec(spec), gate, dresidual_out, x_dtype, launch.Needs(*needs))
+    gradients = launch.backward(dy, x, weight, rstd, _spec(spec), gate, dresidual_out, x_dtype, Needs(*needs))
     return tuple(_or_empty(gradient, x) for gradient in gradients)
 
 
@@ -48,7 +57,7 @@ def _fake_forward(x, weight, residual, gate, *spec):
 
 
 def _fake_backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, needs, *spec):
-    needs = launch.Needs(*needs)
+    needs = Needs(*needs)
     return (
         torch.empty(x.shape, dtype=x_dtype, device=x.device) if needs.dx else x.new_empty(0),
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs.dresidual else x.new_empty(0),
@@ -69,53 +78,196 @@ torch.library.register_fake("triton_rmsnorm::forward", _fake_forward, lib=_libra
 torch.library.register_fake("triton_rmsnorm::backward", _fake_backward, lib=_library)
 
 
+def normalize(
+    x: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y and x + residual (or None), differentiable in every argument; on a device that launch.runs_on."""
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _forward_mode():
+            y, _, residual_out = reference.forward(x, weight, spec, residual, gate)
+        else:
+            y, _, *outputs = TransformableForward.apply(x, weight, residual, gate, spec)
+            residual_out = outputs[0] if outputs else None
+        return y, residual_out
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (x, weight, residual, gate)):
+        y, _, residual_out = reference.forward(x, weight, spec, residual, gate)
+        return y, residual_out
+    if residual is None:
+        return RMSNormFunction.apply(x, weight, None, gate, spec), None
+    return RMSNormFunction.apply(x, weight, residual, gate, spec)
+
+
+def _forward_mode() -> bool:
+    """Whether one of the active torch.func transforms is jvp."""
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _direct(*tensors: Tensor | None) -> bool:
     """Whether nothing but the kernels has to see the call."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
         and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )
 
 
+def _is_vmapped(tensor: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(..., is_grads_batched=True) is under way, which has a vmap of its own."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _run_forward(x, weight, residual, gate, spec) -> tuple[Tensor, Tensor, Tensor | None]:
+    if _direct(x, weight, residual, gate):
+        return launch.forward(x, weight, spec, residual, gate)
+    if "torch.distributed.tensor" in sys.modules:  # which takes half a second to import: not for those who do not use it
+        from triton_rmsnorm import distributed
+
+        distributed.register()
+    y, rstd, residual_out = torch.ops.triton_rmsnorm.forward(x, weight, residual, gate, *spec)
+    return y, rstd, None if residual is None else residual_out
+
+
+def _run_backward(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs) -> reference.Gradients:
+    if _direct(dy, dresidual_out, x, weight, gate) and not any(_is_vmapped(t) for t in (dy, dresidual_out)):
+        return launch.backward(dy, x, weight, rstd, spec, gate, dresidual_out, x_dtype, needs)
+    gradients = torch.ops.triton_rmsnorm.backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, list(needs), *spec)
+    return reference.Gradients(*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)))
+
+
+def _gradients(ctx, dy, dresidual_out, x, weight, gate, rstd) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, residual, gate and spec, as far as ctx needs them."""
+    needs_dx, needs_dw, needs_dresidual, needs_dgate, _ = ctx.needs_input_grad
+    shared = x.dtype == ctx.x_dtype  # dx serves for dresidual, too
+    needs = Needs(needs_dx or (needs_dresidual and shared), needs_dresidual and not shared, needs_dgate, needs_dw)
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph, or a transform around this one
+    run = TransformableBackward.run if again or torch._C._are_functorch_transforms_active() else _run_backward
+    dx, dresidual, dgate, dw = run(dy, dresidual_out, x, weight, gate, rstd, ctx.spec, ctx.x_dtype, needs)
+    return dx if needs_dx else None, dw, (dx if shared else dresidual) if needs_dresidual else None, dgate, None
+
+
 class RMSNormFunction(torch.autograd.Function):
-    """y, or (y, x + residual) where there is a residual. Saves what the norm sees (x, or x + residual), the weight, the gate and rstd."""
+    """y, or (y, x + residual) where there is a residual. Saves what is normalized (x, or x + residual), the weight, the gate and rstd."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec):
-        if _direct(x, weight, residual, gate):
-            y, rstd, residual_out = launch.forward(x, weight, spec, residual, gate)
-        else:
-            y, rstd, residual_out = torch.ops.triton_rmsnorm.forward(x, weight, residual, gate, *spec)
-        ctx.spec = spec
-        ctx.x_dtype = x.dtype
-        if residual is None:
-            ctx.save_for_backward(x, weight, gate, rstd)
-            return y
-        ctx.save_for_backward(residual_out, weight, gate, rstd)
-        return y, residual_out
+        y, rstd, residual_out = _run_forward(x, weight, residual, gate, spec)
+        ctx.spec, ctx.x_dtype = spec, x.dtype
+        ctx.save_for_backward(x if residual is None else residual_out, weight, gate, rstd)
+        return y if residual is None else (y, residual_out)
 
     @staticmethod
     def backward(ctx, dy: Tensor, dresidual_out: Tensor | None = None):
-        x, weight, gate, rstd = ctx.saved_tensors
-        needs_dx, needs_dw, needs_dresidual, needs_dgate, _ = ctx.needs_input_grad
-        shared = x.dtype == ctx.x_dtype  # dx serves for dresidual, too
-        needs = launch.Needs(needs_dx or (needs_dresidual and shared), needs_dresidual and not shared, needs_dgate, needs_dw)
-        if torch.is_grad_enabled():  # create_graph: gradients that are themselves differentiable, composed of torch's operations
-            u_rstd = reference.forward(x, weight, ctx.spec, gate=gate)[1]
-            dx, dresidual, dgate, dw = reference.backward(dy, x, weight, u_rstd, ctx.spec, gate, dresidual_out, ctx.x_dtype)
-        elif _direct(dy, dresidual_out, x, weight, gate):
-            dx, dresidual, dgate, dw = launch.backward(dy, x, weight, rstd, ctx.spec, gate, dresidual_out, ctx.x_dtype, needs)
-        else:
-            dx, dresidual, dgate, dw = torch.ops.triton_rmsnorm.backward(
-                dy, dresidual_out, x, weight, gate, rstd, ctx.x_dtype, list(needs), *ctx.spec
-            )
-        if shared:
-            dresidual = dx
-        return (
-            dx if needs_dx else None,
-            dw if needs_dw else None,
-            dresidual if needs_dresidual else None,
-            dgate if needs_dgate else None,
-            None,
+        return _gradients(ctx, dy, dresidual_out, *ctx.saved_tensors)
+
+
+class TransformableForward(torch.autograd.Function):
+    """The same under torch.func, which asks that all that is saved be an input or an output: (y, rstd) or (y, rstd, x + residual)."""
+
+    @staticmethod
+    def forward(x, weight, residual, gate, spec):
+        return _tensors(_run_forward(x, weight, residual, gate, spec))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, residual, gate, spec = inputs
+        _, rstd, *residual_out = output
+        ctx.spec, ctx.x_dtype = spec, x.dtype
+        ctx.mark_non_differentiable(rstd)
+        ctx.save_for_backward(x if residual is None else residual_out[0], weight, gate, rstd)
+
+    @staticmethod
+    def backward(ctx, dy, _, dresidual_out=None):
+        return _gradients(ctx, dy, dresidual_out, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, residual, gate, spec):
+        x_dim, weight_dim, residual_dim, gate_dim, _ = in_dims
+        if weight_dim is not None:  # a weight for each sample is none for the kernels
+            outputs = torch.func.vmap(_composed_forward, (x_dim, weight_dim, residual_dim, gate_dim, None))(x, weight, residual, gate, spec)
+        else:  # samples are more rows
+            x, residual, gate = (_batch(t, dim, info) for t, dim in ((x, x_dim), (residual, residual_dim), (gate, gate_dim)))
+            outputs = TransformableForward.apply(x, weight, residual, gate, spec)
+        return outputs, (0,) * len(outputs)
+
+
+class TransformableBackward(torch.autograd.Function):
+    """The gradients that are needed, as a tuple of tensors, and differentiable in turn: their own backward is composed."""
+
+    @staticmethod
+    def run(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs) -> reference.Gradients:
+        needs = needs._replace(dw=needs.dw and weight is not None)
+        if not any(needs):
+            return reference.Gradients(None, None, None, None)
+        outputs = iter(TransformableBackward.apply(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs))
+        return reference.Gradients(*(next(outputs) if needed else None for needed in needs))
+
+    @staticmethod
+    def forward(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs):
+        return _tensors(_run_backward(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, dresidual_out, x, weight, gate, _, *ctx.rest = inputs
+        ctx.save_for_backward(dy, dresidual_out, x, weight, gate)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        tensors = ctx.saved_tensors
+        present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+
+        def composed(*arguments):
+            filled = list(tensors)
+            for i, argument in zip(present, arguments, strict=True):
+                filled[i] = argument
+            return _composed_backward(*filled, *ctx.rest)
+
+        _, pullback = torch.func.vjp(composed, *(tensors[i] for i in present))
+        gradients = dict(zip(present, pullback(cotangents), strict=True))
+        return *(gradients.get(i) for i in range(len(tensors))), None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs):
+        tensors, dims = (dy, dresidual_out, x, weight, gate), in_dims[:5]
+        if dims[3] is not None:
+            outputs = torch.func.vmap(lambda *batched: _composed_backward(*batched, spec, x_dtype, needs), dims)(*tensors)
+            return outputs, (0,) * len(outputs)
+        dy, dresidual_out, x, gate, rstd = (
+            _batch(tensor, dim, info)
+            for tensor, dim in ((dy, dims[0]), (dresidual_out, dims[1]), (x, dims[2]), (gate, dims[4]), (rstd, in_dims[5]))
         )
+        rows = needs._replace(dw=False)
+        outputs = _tensors(TransformableBackward.run(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, rows))
+        if needs.dw:  # one for each sample, where the kernels sum over all rows
+            only_dw = Needs(dx=False, dw=True)
+            outputs += torch.func.vmap(
+                lambda dy, x, gate: _composed_backward(dy, None, x, weight, gate, spec, x_dtype, only_dw),
+                (0, 0, None if gate is None else 0),
+            )(dy, x, gate)
+        return outputs, (0,) * len(outputs)
+
+
+def _tensors(outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(output for output in outputs if output is not None)
+
+
+def _composed_forward(x, weight, residual, gate, spec) -> tuple[Tensor, ...]:
+    return _tensors(reference.forward(x, weight, spec, residual, gate))
+
+
+def _composed_backward(dy, dresidual_out, x, weight, gate, spec, x_dtype, needs) -> tuple[Tensor, ...]:
+    """The gradients that are needed, by differentiable operations, with rstd as the function of x that it is."""
+    rstd = reference.forward(x, weight, spec, gate=gate)[1]
+    gradients = reference.backward(dy, x, weight, rstd, spec, gate, dresidual_out, x_dtype)
+    return tuple(gradient for gradient, needed in zip(gradients, needs, strict=True) if needed)
+
+
+def _batch(tensor: Tensor | None, dim: int | None, info) -> Tensor | None:
+    """The tensor with its batch dimension first; expanded to one if it has none."""
+    if tensor is None:
+        return None
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -1,0 +1,46 @@
+"""How DTensors pass through the operators. Registered when the first call is made after torch.distributed.tensor was imported."""
+
+from functools import cache
+
+import torch
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it and does not trace it
+def register() -> None:
+    """Makes the rules known, once."""
+    _register()
+
+
+@cache
+def _register() -> None:
+    """Teaches DTensor both operators: rows may be sharded over any outer dimension, without a collective; dw is then a partial sum."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def sharded(x, normalized_shape):
+        """The placements of tensors of rows that the kernels accept on one mesh dimension."""
+        return [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - len(normalized_shape)))]
+
+    def where(tensor, placement):
+        return None if tensor is None else placement
+
+    @register_sharding(torch.ops.triton_rmsnorm.forward.default)
+    def forward(x, weight, residual, gate, normalized_shape, *rest):
+        return [
+            (
+                [rows, rows, Replicate() if residual is None else rows],
+                [rows, where(weight, Replicate()), where(residual, rows), where(gate, rows), None, *(None for _ in rest)],
+            )
+            for rows in sharded(x, normalized_shape)
+        ]
+
+    @register_sharding(torch.ops.triton_rmsnorm.backward.default)
+    def backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, needs, normalized_shape, *rest):
+        needs_dx, needs_dresidual, needs_dgate, needs_dw = needs
+        placements = []
+        for rows in sharded(x, normalized_shape):
+            dw = Partial() if isinstance(rows, Shard) and needs_dw else Replicate()
+            outputs = [rows if needed else Replicate() for needed in (needs_dx, needs_dresidual, needs_dgate)] + [dw]
+            inputs = [rows, where(dresidual_out, rows), rows, where(weight, Replicate()), where(gate, rows), rows]
+            placements.append((outputs, [*inputs, None, None, None, *(None for _ in rest)]))
+        return placements
