@@ -1,0 +1,123 @@
+"""Bad input: the type of error that torch raises, with a message that names what was expected and what came."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import triton_rmsnorm
+
+X, W = torch.ones(4, 6), torch.ones(6)
+
+# Arguments, and what the message says.
+BAD = {
+    "no_normalized_shape": ((X, ()), "normalized_shape must have at least one dimension, got ()"),
+    "too_few_dims": ((W, (4, 6)), "input must have at least 2 dimensions to match normalized_shape (4, 6), got 1"),
+    "scalar": ((torch.ones(()), (1,)), "input must have at least 1 dimensions to match normalized_shape (1,), got 0"),
+    "shape": ((X, (5,)), "input must have shape (*, 5), got (4, 6)"),
+    "shape_of_two": ((X, (4, 5)), "input must have shape (*, 4, 5), got (4, 6)"),
+    "negative_shape": ((X, (-1,)), "input must have shape (*, -1), got (4, 6)"),
+    "weight_size": ((X, (6,), torch.ones(5)), "weight must have shape (6,) to match normalized_shape, got (5,)"),
+    "weight_broadcast": ((X, (6,), torch.ones(1)), "weight must have shape (6,) to match normalized_shape, got (1,)"),
+    "weight_dims": ((X, (6,), torch.ones(1, 6)), "weight must have shape (6,) to match normalized_shape, got (1, 6)"),
+    "weight_device": ((X, (6,), W.to("meta")), "weight must be on the device of input, cpu, got meta"),
+    "input_device": ((X.to("meta"), (6,), W), "weight must be on the device of input, meta, got cpu"),
+    "int": ((X.int(), (6,)), "input must be float16, bfloat16, float32 or float64, got torch.int32"),
+    "bool": ((X.bool(), (6,)), "input must be float16, bfloat16, float32 or float64, got torch.bool"),
+    "fp8": ((X.to(torch.float8_e4m3fn), (6,)), "input must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn"),
+    "int_of_wrong_shape": ((X.int(), (5,)), "input must have shape (*, 5), got (4, 6)"),
+    "int_of_too_few_dims": ((W.int(), (4, 6)), "input must have at least 2 dimensions to match normalized_shape (4, 6), got 1"),
+    "int_with_wrong_weight": ((X.int(), (6,), torch.ones(5)), "weight must have shape (6,) to match normalized_shape, got (5,)"),
+    "input_is_array": ((X.numpy(), (6,)), "input must be a Tensor, got ndarray"),
+    "input_is_none": ((None, (6,)), "input must be a Tensor, got NoneType"),
+    "normalized_shape_is_int": ((X, 6), "normalized_shape must be a tuple of ints, got 6"),
+    "normalized_shape_is_none": ((X, None), "normalized_shape must be a tuple of ints, got None"),
+    "normalized_shape_is_string": ((X, "6"), "normalized_shape must be a tuple of ints, got '6'"),
+    "normalized_shape_is_tensor": ((X, torch.tensor([6])), "normalized_shape must be a tuple of ints, got tensor([6])"),
+    "normalized_shape_of_floats": ((X, (6.0,)), "normalized_shape must be a tuple of ints, got (6.0,)"),
+    "normalized_shape_of_bools": ((X[:, :1], (True,)), "normalized_shape must be a tuple of ints, got (True,)"),
+    "weight_is_array": ((X, (6,), W.numpy()), "weight must be a Tensor or None, got ndarray"),
+    "weight_is_float": ((X, (6,), 1.0), "weight must be a Tensor or None, got float"),
+    "eps_is_string": ((X, (6,), W, "1e-5"), "eps must be a float or None, got str"),
+    "eps_is_complex": ((X, (6,), W, 1j), "eps must be a float or None, got complex"),
+    "eps_is_vector": ((X, (6,), W, torch.tensor([1e-5])), "eps must be a float or None, got Tensor"),
+    "eps_requires_grad": ((X, (6,), W, torch.tensor(1e-5, requires_grad=True)), "eps must be a float or None, got Tensor"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_as_torch(arguments, message):
+    with pytest.raises(Exception) as theirs:
+        F.rms_norm(*arguments)
+    with pytest.raises(theirs.type, match=f"^{re.escape(message)}$"):
+        triton_rmsnorm.rms_norm(*arguments)
+
+
+@pytest.mark.parametrize("weight", [W.int(), W.to(torch.float8_e4m3fn), W.to(torch.complex64)], ids=lambda weight: str(weight.dtype))
+def test_weight_dtype(weight):
+    """Torch multiplies by some of these; the kernels by none."""
+    message = f"weight must be float16, bfloat16, float32 or float64, got {weight.dtype}"
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+        triton_rmsnorm.rms_norm(X, (6,), weight)
+
+
+FIELDS = {
+    "group_of_none": ({"group_size": 0}, "group_size must divide the normalized size 6, got 0"),
+    "group_too_large": ({"group_size": 12}, "group_size must divide the normalized size 6, got 12"),
+    "groups_unequal": ({"group_size": 4}, "group_size must divide the normalized size 6, got 4"),
+    "offset_of_no_weight": ({"weight_offset": 1.0}, "weight_offset must be 0 without a weight, got 1.0"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), FIELDS.values(), ids=FIELDS)
+def test_fields(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        triton_rmsnorm.rms_norm(X, (6,), **fields)
+
+
+# What torch accepts, too.
+GOOD = {
+    "list": (X, [6]),
+    "size": (X, X.shape[-1:]),
+    "numpy_int": (X, (np.int64(6),)),
+    "eps_int": (X, (6,), W, 1),
+    "eps_bool": (X, (6,), W, True),
+    "eps_scalar_tensor": (X, (6,), W, torch.tensor(1e-5)),
+    "eps_numpy": (X, (6,), W, np.float32(1e-5)),
+    "eps_numpy_int": (X, (6,), W, np.int64(1)),
+    "complex": (X.to(torch.complex64), (6,), W.to(torch.complex64), 1e-5),
+    "meta": (X.to("meta"), (6,), W.to("meta")),
+}
+
+
+@pytest.mark.parametrize("arguments", GOOD.values(), ids=GOOD)
+def test_accepted_as_by_torch(arguments):
+    ours, theirs = triton_rmsnorm.rms_norm(*arguments), F.rms_norm(*arguments)
+    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    assert ours.is_meta or torch.allclose(ours, theirs)
+
+
+def test_signature():
+    ours, theirs = (inspect.signature(function) for function in (triton_rmsnorm.rms_norm, F.rms_norm))
+    positional = [p for p in ours.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs.parameters.values()]
+    with pytest.raises(TypeError):
+        triton_rmsnorm.rms_norm(X, (6,), bias=W)
+
+
+def test_failed_launch_is_not_hidden(device, monkeypatch):
+    """There is no second way when a kernel cannot be launched."""
+
+    def fail(self, *pointers):
+        raise RuntimeError("no such kernel")
+
+    x = X.to(device, copy=True).requires_grad_()
+    y = triton_rmsnorm.rms_norm(x, (6,))
+    monkeypatch.setattr(triton_rmsnorm.launch.Launch, "__call__", fail)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        triton_rmsnorm.rms_norm(x, (6,))
