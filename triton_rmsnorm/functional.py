@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -209,14 +210,12 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
     """The Spec of a call whose arguments fit one another; raises what torch raises where they do not."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    if not isinstance(normalized_shape, Sequence) or not all(isinstance(size, (int, torch.SymInt)) for size in normalized_shape):
+    if not isinstance(normalized_shape, Sequence) or not all(_is_size(size) for size in normalized_shape):
         raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
     if eps is not None and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
         eps = _number(eps)
-    if real or not input.is_complex():
-        _check_dtype("input", input)
     ndim = len(normalized_shape)
     if ndim == 0:
         raise RuntimeError("normalized_shape must have at least one dimension, got ()")
@@ -230,10 +229,12 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
             raise RuntimeError(f"weight must have shape {(*shape,)} to match normalized_shape, got {(*weight.shape,)}")
         if weight.device != input.device:
             raise RuntimeError(f"weight must be on the device of input, {input.device}, got {weight.device}")
-        if not input.is_complex():
-            _check_dtype("weight", weight)
     elif weight_offset != 0.0:
         raise ValueError(f"weight_offset must be 0 without a weight, got {weight_offset}")
+    if real or not input.is_complex():  # last, as in torch
+        _check_dtype("input", input)
+        if weight is not None:
+            _check_dtype("weight", weight)
     if group_size is not None and (group_size < 1 or prod(shape) % group_size):
         raise ValueError(f"group_size must divide the normalized size {prod(shape)}, got {group_size}")
     if eps is None:
@@ -257,9 +258,15 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
         raise NotImplementedError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
+def _is_size(size) -> bool:
+    return isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool)
+
+
 def _number(eps) -> float:
     if isinstance(eps, Tensor) and eps.dim() == 0 and not eps.requires_grad:
         return eps.item()
+    if isinstance(eps, Real):  # NumPy's
+        return float(eps)
     raise TypeError(f"eps must be a float or None, got {type(eps).__name__}")
 
 

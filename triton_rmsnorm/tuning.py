@@ -135,7 +135,8 @@ def _config(n, itemsize, *, loads, extra, tile, capacity, programs_per_sm, budge
     if device.backend == "cuda" and not blocked:
         tile_bytes = elements * loads * itemsize
         wanted = -(-BYTES_IN_FLIGHT // (tile_bytes * programs_per_sm))
-        num_stages = 1 + max(1, min(wanted, 6, device.shared_memory // programs_per_sm // tile_bytes - 1))
+        fitting = device.shared_memory // programs_per_sm // tile_bytes
+        num_stages = 1 + min(wanted, 6, max(fitting - 1, min(fitting, 1)))  # one more than the tiles that are on their way
     if device.backend == "hip":
         num_warps = max(1, num_warps // 2)  # 64 threads a wavefront
     return Config(block_m, block_n, num_warps, num_ctas, num_stages, programs)
