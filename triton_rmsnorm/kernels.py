@@ -43,10 +43,9 @@ class Steps:
 def _row_offsets(rows, sizes, strides, ROW_ALIGN: tl.constexpr):
     """Offset of the first element of each of `rows`, [BLOCK_M, 1], in 64 bits because M · N may exceed 2^31."""
     offsets = tl.zeros_like(rows).to(tl.int64)
-    for i in tl.static_range(len(sizes)):
-        dim: tl.constexpr = len(sizes) - 1 - i
-        offsets += (rows % sizes[dim]).to(tl.int64) * strides[dim + 1]
-        rows = rows // sizes[dim]
+    for i in tl.static_range(len(sizes), 0, -1):
+        offsets += (rows % sizes[i - 1]).to(tl.int64) * strides[i]
+        rows = rows // sizes[i - 1]
     offsets += rows.to(tl.int64) * strides[0]
     return (offsets * ROW_ALIGN)[:, None]
 
