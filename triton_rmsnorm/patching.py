@@ -150,8 +150,6 @@ def _outcome(module: nn.Module) -> tuple[Row | None, Norm | None]:
     if norm is not None:
         reason = _wrapped(module)
     semantics = str(norm.semantics) if norm else ""
-    if norm is not None and norm.semantics.activation is not None:
-        reason = "gated norms are recognized, not replaced"
     return Row(cls, semantics, 0, "left alone" if reason else "replaced", reason, norm is not None or verdict.resembles), norm
 
 

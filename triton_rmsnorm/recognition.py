@@ -338,7 +338,7 @@ class _Proof:
 
     def _probe(self, x: Tensor, dtype: torch.dtype = F32, weight: torch.dtype = F32, gate: Tensor | None = None, **rest) -> _Probe:
         if self.gated:
-            gate = (self._randn(*x.shape) if gate is None else gate).to(dtype)
+            gate = (self._randn(*x.shape) if gate is None else gate).to(weight)
         tensor = None if self.weight_shape is None else self._randn(*self.weight_shape).to(weight)
         return _Probe(x.to(dtype), gate if self.gated else None, tensor, **rest)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from triton_rmsnorm.functional import rms_norm
+from triton_rmsnorm.functional import rms_norm, rms_norm_gated
 from triton_rmsnorm.semantics import Norm
 
 PROVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,33 +30,48 @@ def is_replacement(cls: type) -> bool:
 
 def _forward(original: type[nn.Module], norm: Norm) -> Callable:
     """forward of the replacement, with the signature of the original's, which still runs in cases for which nothing is proved."""
-    semantics, dims, run_original = norm.semantics, norm.dims, original.forward
+    run_original = original.forward
+    first, *rest = list(inspect.signature(run_original).parameters)[1:]
+    gated = norm.semantics.activation is not None
 
     def call(self, x, others, named):
+        gate = None
+        if gated:
+            gate = others[0] if others else named.get(rest[0])
         weight = None if norm.weight is None else getattr(self, norm.weight)
-        if others or named or not isinstance(x, Tensor) or not _proved(x, weight):
+        if len(others) + len(named) != gated or not _proved(norm, x, weight, gate):
             return run_original(self, x, *others, **named)
-        eps = getattr(self, norm.eps) if isinstance(norm.eps, str) else norm.eps
-        knobs = semantics.knobs(x.dtype, None if weight is None else weight.dtype)
         if x.is_cuda and torch.is_autocast_enabled("cuda") and not norm.autocasts:
             with torch.autocast("cuda", enabled=False):
-                return rms_norm(x, x.shape[-dims:], semantics.factor(weight), eps, **knobs)
-        return rms_norm(x, x.shape[-dims:], semantics.factor(weight), eps, **knobs)
-
-    def _proved(x, weight):
-        if x.dtype not in PROVED_DTYPES or x.dim() < dims:
-            return False
-        if semantics.group_size is not None and x.shape[-1] % semantics.group_size:
-            return False
-        return norm.weight is None or (weight is not None and weight.shape == x.shape[-dims:] and weight.dtype in PROVED_DTYPES)
+                return _compute(self, norm, x, weight, gate)
+        return _compute(self, norm, x, weight, gate)
 
     def forward(self, x, *others, **named):
         return call(self, x, others, named)
 
     # The first argument keeps its name, by which callers may pass it.
-    first = list(inspect.signature(run_original).parameters)[1]
     forward.__code__ = forward.__code__.replace(co_varnames=("self", first, "others", "named"))
     return functools.wraps(run_original)(forward)
+
+
+def _proved(norm: Norm, x, weight: Tensor | None, gate: Tensor | None) -> bool:
+    """Whether the proof covers these tensors."""
+    if not isinstance(x, Tensor) or x.dtype not in PROVED_DTYPES or x.dim() < norm.dims:
+        return False
+    if norm.weight is not None and (weight is None or weight.shape != x.shape[-norm.dims :] or weight.dtype not in PROVED_DTYPES):
+        return False
+    if norm.semantics.activation is not None and (gate is None or gate.shape != x.shape or gate.dtype not in PROVED_DTYPES):
+        return False
+    return norm.semantics.group_size is None or x.shape[-1] % norm.semantics.group_size == 0
+
+
+def _compute(module: nn.Module, norm: Norm, x: Tensor, weight: Tensor | None, gate: Tensor | None) -> Tensor:
+    eps = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
+    knobs = norm.semantics.knobs(x.dtype, None if weight is None else weight.dtype)
+    shape, factor = x.shape[-norm.dims :], norm.semantics.factor(weight)
+    if gate is not None:
+        return rms_norm_gated(x, gate, shape, factor, eps, **knobs)
+    return rms_norm(x, shape, factor, eps, **knobs)
 
 
 def _reduce_ex(self, protocol):
