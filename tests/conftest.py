@@ -22,6 +22,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--compile-all", action="store_true", help="compile every configuration with every pair of dtypes: minutes a device")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,0 +1,21 @@
+"""Every kernel compiles for the GPUs we name, in the configurations that tuning chooses for them, on a machine that has none."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from triton_rmsnorm import tuning
+
+SCRIPT = Path(__file__).with_name("compile_offline.py")
+
+
+@pytest.mark.parametrize("device", [tuning.SM_90, tuning.SM_100, tuning.SM_80, tuning.GFX942], ids=lambda device: device.name)
+def test_compiles(device, request):
+    """In a Python of its own: kernels that were imported for the interpreter cannot be compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, SCRIPT, device.name, *(["--all"] if request.config.getoption("--compile-all") else [])]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, "\n".join([line for line in done.stdout.splitlines() if not line.endswith("compiled")] + [done.stderr])

@@ -1,0 +1,207 @@
+"""Launches: how many, over what, from which thread; what they touch; what they may depend on."""
+
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import Results, assert_within_budget, draw, exact, results_of, torchs
+from torch import Tensor
+
+from triton_rmsnorm import RMSNorm, launch, rms_norm, tuning
+from triton_rmsnorm.reference import Spec
+
+BLOCKED = 16385  # columns that the interpreter walks in blocks
+
+
+def run(x: Tensor, weight: Tensor | None, dy: Tensor) -> Results:
+    return results_of(lambda x, weight: rms_norm(x, x.shape[-1:], weight), x, weight, dy)
+
+
+def problem(shape: tuple[int, ...], device: torch.device, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(shape, dtype, device), draw(shape[-1:], dtype, device), draw(shape, dtype, device)
+
+
+def assert_same(ours: Results, theirs: Results) -> None:
+    """Bit for bit."""
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.equal(our, their)
+
+
+def test_memory_is_poisoned(device):
+    """What no kernel writes is NaN in these tests."""
+    assert torch.empty(9, device=device).isnan().all() and torch.empty(9, dtype=torch.bfloat16, device=device).isnan().all()
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
+def test_one_launch_forward_two_backward(dtype, weight_dtype, device, launches):
+    norm = RMSNorm(100, device=device, dtype=weight_dtype)
+    y = norm(draw((3, 5, 100), dtype, device).requires_grad_())
+    assert [recorded.kernel for recorded in launches] == ["_rms_norm_fwd_kernel"]
+    y.backward(draw(y.shape, dtype, device))
+    assert [recorded.kernel for recorded in launches[1:]] == ["_rms_norm_bwd_kernel", "_sum_partials_kernel"]
+
+
+def test_saves_input_weight_and_rstd(device):
+    x, weight, _ = problem((7, 100), device)
+    y = rms_norm(x.requires_grad_(), (100,), weight.requires_grad_())
+    saved = [tensor for tensor in y.grad_fn.saved_tensors if tensor is not None]
+    assert [tensor.data_ptr() for tensor in saved[:2]] == [x.data_ptr(), weight.data_ptr()]
+    assert [(tensor.shape, tensor.dtype) for tensor in saved[2:]] == [((7, 1), torch.float32)]
+
+
+def test_changed_input_is_noticed(device):
+    x = draw((7, 100), torch.float32, device).requires_grad_()
+    leaf = x * 1
+    y = rms_norm(leaf, (100,))
+    leaf.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+SHAPES = [(199, 1), (1500, 64), (40, 1000), (37, 4096), (9, BLOCKED)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_deterministic(shape, dtype, device):
+    arguments = problem(shape, device, dtype)
+    assert_same(run(*arguments), run(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_do_not_depend_on_their_batch(shape, dtype, device):
+    """y and dx of a row alone, first, or elsewhere in a batch: bit for bit the same."""
+    x, weight, dy = problem(shape, device, dtype)
+    batch = run(x, weight, dy)
+    for rows in ([0], [shape[0] - 1, 3], list(range(1, shape[0]))):
+        some = run(x[rows], weight, dy[rows])
+        assert torch.equal(some.y, batch.y[rows]) and torch.equal(some.dx, batch.dx[rows])
+
+
+@pytest.mark.parametrize("stand_in", [tuning.SM_80, tuning.SM_90], ids=lambda stand_in: stand_in.name)
+def test_rows_do_not_depend_on_their_batch_on_devices(stand_in, device, run_as):
+    run_as(stand_in)
+    x, weight, dy = problem((45, 1000), device)
+    batch, one = run(x, weight, dy), run(x[11:12], weight, dy[11:12])
+    assert torch.equal(one.y, batch.y[11:12]) and torch.equal(one.dx, batch.dx[11:12])
+
+
+@pytest.mark.parametrize("stand_in", [tuning.SM_80, tuning.SM_90, tuning.GFX942], ids=lambda stand_in: stand_in.name)
+@pytest.mark.parametrize("n", [128, 4096, 100_000])
+def test_number_of_rows_compiles_nothing_anew(n, stand_in):
+    """Rows decide the extent of the grid and integers that are no constants, but nothing that is compiled in."""
+
+    def compiled(m):
+        x, weight = launch.Layout((m, n), (n, 1), torch.bfloat16), launch.Layout((n,), (1,), torch.bfloat16)
+        spec = Spec((n,), 1e-6)
+        forward = launch.forward_launch(spec, x, weight, stand_in)
+        launches = launch.backward_launches(spec, x, x, weight, launch.Needs(), stand_in)
+        prepared = [each for each in (forward, *launches) if each is not None]
+        integers = ("M", "programs")
+        return [(each.kernel, each.options, {k: v for k, v in each.values.items() if k not in integers}) for each in prepared]
+
+    assert compiled(16) == compiled(8192) == compiled(2**24)
+
+
+def test_launches_are_kept(device, launches):
+    for _ in range(2):
+        run(*problem((9, 100), device))
+    assert [recorded.launch for recorded in launches[:3]] == [recorded.launch for recorded in launches[3:]]
+
+
+@pytest.fixture
+def accesses(monkeypatch):
+    """Addresses that the interpreted kernels load from and store to, and the pointers that they have them from."""
+    if not launch.INTERPRETED:
+        pytest.skip("a GPU does not tell")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loads, stores = [], []
+
+    def spied(original, addresses):
+        def access(self, pointers, *rest):
+            mask = next(each.data for each in rest if each is not None and each.data.dtype == bool)
+            addresses.append(pointers.data[np.broadcast_to(mask, pointers.data.shape)])
+            return original(self, pointers, *rest)
+
+        return access
+
+    for name, addresses in (("create_masked_load", loads), ("create_masked_store", stores)):
+        monkeypatch.setattr(InterpreterBuilder, name, spied(getattr(InterpreterBuilder, name), addresses))
+    return loads, stores
+
+
+def addresses_of(tensor: Tensor) -> np.ndarray:
+    """Of all elements, each once, in order."""
+    elements = torch.zeros(tensor.shape, dtype=torch.long)
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        elements += (torch.arange(size) * stride).view(-1, *(1,) * (tensor.dim() - dim - 1))
+    return np.unique(tensor.data_ptr() + elements.numpy() * tensor.element_size())
+
+
+@pytest.mark.parametrize("stand_in", [tuning.INTERPRETER, tuning.SM_80, tuning.SM_90, tuning.GFX942], ids=lambda stand_in: stand_in.name)
+@pytest.mark.parametrize(("shape", "group_size"), [((37, 100), None), ((5, 3, 96), 32), ((3, 16385), None)], ids=str)
+def test_touches_what_it_should(shape, group_size, stand_in, device, run_as, launches, accesses):
+    """Loads stay inside the inputs, whatever lies between rows; each element of an output is stored once; rows are read once."""
+    run_as(stand_in)
+    n = shape[-1]
+    x = draw((*shape[:-1], n + 7), torch.float32, device)[..., 3 : n + 3]
+    weight, dy = draw((2 * n,), torch.float32, device)[::2], draw((*shape[:-1], n + 4), torch.float32, device)[..., :n]
+    results_of(lambda x, weight: rms_norm(x, (n,), weight, group_size=group_size), x, weight, dy)
+
+    pointers = {}
+    for recorded in launches:
+        pointers |= {name: pointer for name, pointer in recorded.pointers.items() if pointer is not None}
+    written = [pointers[name] for name in ("Y", "RSTD", "C1", "DX", "DW_PARTIAL", "DW") if name in pointers]
+    loads, stores = (np.concatenate(addresses) for addresses in accesses)
+    assert np.array_equal(np.sort(stores), np.sort(np.concatenate([addresses_of(tensor) for tensor in written])))
+    assert np.isin(loads, np.concatenate([addresses_of(tensor) for tensor in (x, weight, dy, *written)])).all()
+    columns = group_size or n
+    for tensor, kernels in ((x, (tuning.forward_config, tuning.backward_config)), (dy, (tuning.backward_config,))):
+        _, times = np.unique(loads[np.isin(loads, addresses_of(tensor))], return_counts=True)
+        assert set(times) == {sum(1 if choose(columns, 4, 4, stand_in).block_n >= columns else 2 for choose in kernels)}
+
+
+def test_offsets_beyond_2_31(device):
+    """Rows and elements of the weight that lie more than 2^31 elements apart, in memory that nobody touches in between."""
+    n, row, column = 64, 2**30 + 2**20, 2**25 + 2**21
+    elements = 2 * max(2 * row, (n - 1) * column + 1)
+    if device.type == "cpu":
+        base = torch.frombuffer(mmap.mmap(-1, 2 * elements), dtype=torch.float16)
+    elif torch.cuda.mem_get_info(device)[0] > 3 * elements:
+        base = torch.empty(elements, dtype=torch.float16, device=device)
+    else:
+        pytest.skip(f"needs {3 * elements} bytes")
+    x, dy = base.as_strided((3, n), (row, 1)), base.as_strided((3, n), (row, 1), 128)
+    weight = base.as_strided((n,), (column,), 256)
+    for tensor in (x, dy, weight):
+        tensor.copy_(draw(tensor.shape, torch.float16, device))
+    spec = Spec((n,), torch.finfo(torch.float32).eps)
+    assert_within_budget(run(x, weight, dy), exact(x, weight, dy, spec), torchs(x, weight, dy, spec))
+
+
+def test_threads(device):
+    """Two threads at once, and backward in another thread than forward, as autograd has it on a GPU."""
+    problems = [problem((199, n), device) for n in (64, 1000, 128, 768)]
+    expected = [run(*arguments) for arguments in problems]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for ours, theirs in zip(pool.map(lambda arguments: run(*arguments), problems), expected, strict=True):
+                assert_same(ours, theirs)
+
+        x, weight, dy = problems[0]
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        y = rms_norm(x, x.shape[-1:], weight)
+        pool.submit(y.backward, dy).result()
+    assert_same(Results(y.detach(), x.grad, weight.grad), expected[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_gpu():
+    x, weight, dy = problem((9, 100), torch.device("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    here = run(*(tensor.to("cuda:0") for tensor in (x, weight, dy)))
+    assert_same(Results(*(result.to("cuda:0") for result in run(x, weight, dy))), here)
