@@ -1,12 +1,15 @@
 """The functions that users call: checks, and the choice between the kernels and torch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from triton_rmsnorm import launch, reference
@@ -216,30 +219,53 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
     if eps is not None and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
         eps = _number(eps)
+    rest = (tuple(normalized_shape), eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real)
+    symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(input) not in (Tensor, Parameter)
+    if symbolic:  # sizes that cannot be looked up
+        return _fit(input, weight, *rest)
+    return _cached_fit(_metadata(input), _metadata(weight), *rest)
+
+
+class _Metadata(NamedTuple):
+    """What of a tensor a check looks at."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _metadata(tensor: Tensor | None) -> _Metadata | None:
+    return None if tensor is None else _Metadata(tensor.shape, tensor.dtype, tensor.device)
+
+
+def _fit(input, weight, normalized_shape, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real) -> Spec:
+    """The checks that need no more of input and weight than their metadata."""
     ndim = len(normalized_shape)
     if ndim == 0:
         raise RuntimeError("normalized_shape must have at least one dimension, got ()")
-    if input.dim() < ndim:
-        raise ValueError(f"input must have at least {ndim} dimensions to match normalized_shape {(*normalized_shape,)}, got {input.dim()}")
-    shape = input.shape[-ndim:]
-    if shape != (*normalized_shape,):
+    if len(input.shape) < ndim:
+        raise ValueError(f"input must have at least {ndim} dimensions to match normalized_shape {normalized_shape}, got {len(input.shape)}")
+    if (*input.shape[-ndim:],) != normalized_shape:
         raise RuntimeError(f"input must have shape (*, {', '.join(map(str, normalized_shape))}), got {(*input.shape,)}")
     if weight is not None:
-        if weight.shape != shape:
-            raise RuntimeError(f"weight must have shape {(*shape,)} to match normalized_shape, got {(*weight.shape,)}")
+        if (*weight.shape,) != normalized_shape:
+            raise RuntimeError(f"weight must have shape {normalized_shape} to match normalized_shape, got {(*weight.shape,)}")
         if weight.device != input.device:
             raise RuntimeError(f"weight must be on the device of input, {input.device}, got {weight.device}")
     elif weight_offset != 0.0:
         raise ValueError(f"weight_offset must be 0 without a weight, got {weight_offset}")
-    if real or not input.is_complex():  # last, as in torch
+    if real or not input.dtype.is_complex:  # last, as in torch
         _check_dtype("input", input)
         if weight is not None:
             _check_dtype("weight", weight)
-    if group_size is not None and (group_size < 1 or prod(shape) % group_size):
-        raise ValueError(f"group_size must divide the normalized size {prod(shape)}, got {group_size}")
+    if group_size is not None and (group_size < 1 or prod(normalized_shape) % group_size):
+        raise ValueError(f"group_size must divide the normalized size {prod(normalized_shape)}, got {group_size}")
     if eps is None:
         eps = torch.finfo(reference.accumulation_dtype(input)).eps
-    return Spec((*shape,), eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
+    return Spec(normalized_shape, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
+
+
+_cached_fit = lru_cache(maxsize=4096)(_fit)
 
 
 def _check_beside(name: str, tensor: Tensor, input: Tensor) -> None:

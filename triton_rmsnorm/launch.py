@@ -5,6 +5,7 @@ outputs and starts the compiled kernel. Under TRITON_INTERPRET=1, set before Tri
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
 from math import gcd, prod
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_rmsnorm import kernels, tuning
+from triton_rmsnorm import kernels, measured, tuning
 from triton_rmsnorm.reference import Gradients, Spec, accumulation_dtype
 
 INTERPRETED = not isinstance(kernels._rms_norm_fwd_kernel, triton.JITFunction)
@@ -29,21 +30,6 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y [shape of x], rstd [spec.rstd_shape] and x + residual (or None), in one launch."""
-    x, residual, gate, weight = _readable(x, spec), _readable(residual, spec), _readable(gate, spec), _flat(weight)
-    y = torch.empty(x.shape, dtype=spec.output_dtype(x, weight), device=x.device)
-    rstd = torch.empty(spec.rstd_shape(x.shape), dtype=accumulation_dtype(x, residual, gate), device=x.device)
-    residual_out = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    if x.numel() == 0:
-        return y, rstd.fill_(torch.nan), residual_out  # the mean of nothing
-    launch = forward_launch(spec, _layout(x), _layout(weight), device_of(x), _layout(residual), _layout(gate))
-    launch(x, residual, gate, weight, y, residual_out, rstd)
-    return y, rstd, residual_out
-
-
 class Needs(NamedTuple):
     """Which gradients are needed; what is not is not computed either."""
 
@@ -51,6 +37,20 @@ class Needs(NamedTuple):
     dresidual: bool = False  # apart from dx: not needed where dx has its dtype and serves for both
     dgate: bool = False
     dw: bool = True
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None, needs_rstd: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [shape of x], rstd [spec.rstd_shape] if it is needed, and x + residual (or None), in one launch."""
+    x, residual, gate, weight = _readable(x, spec), _readable(residual, spec), _readable(gate, spec), _flat(weight)
+    plan = _forward_plan(spec, _layout(x), _layout(weight), device_of(x), _layout(residual), _layout(gate), needs_rstd)
+    y, rstd, residual_out = outputs = [_allocate(buffer, x) for buffer in plan.outputs]
+    if plan.launch is not None:
+        plan.launch(x, residual, gate, weight, y, residual_out, rstd)
+    elif rstd is not None:
+        rstd.fill_(torch.nan)  # the mean of nothing
+    return tuple(outputs)
 
 
 def backward(
@@ -65,31 +65,23 @@ def backward(
     needs: Needs | None = None,
 ) -> Gradients:
     """The gradients that are needed (by default dx and dw), contiguous; arguments as in reference.backward."""
-    needs = needs or Needs()
-    dy, dresidual_out, x, gate = (_readable(t, spec) for t in (dy, dresidual_out, x, gate))
-    dx = torch.empty(x.shape, dtype=x_dtype or x.dtype, device=x.device) if needs.dx else None
-    dresidual = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs.dresidual else None
-    dgate = torch.empty(x.shape, dtype=gate.dtype, device=x.device) if needs.dgate else None
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if needs.dw and weight is not None else None
-    gradients = Gradients(dx, dresidual, dgate, dw)
-    if x.numel() == 0 and dw is not None:
-        dw.zero_()
-    if x.numel() == 0 or not any(gradient is not None for gradient in gradients):
+    dy, dresidual_out, x, gate = _readable(dy, spec), _readable(dresidual_out, spec), _readable(x, spec), _readable(gate, spec)
+    weight = _flat(weight)
+    layouts = (_layout(dy), _layout(x), _layout(weight), _layout(gate), _layout(dresidual_out))
+    plan = _backward_plan(spec, *layouts, x_dtype or x.dtype, needs or Needs(), device_of(x))
+    gradients = Gradients(*[_allocate(buffer, x) for buffer in plan.gradients])
+    if plan.launches is None:
+        if gradients.dw is not None:
+            gradients.dw.zero_()
         return gradients
 
-    weight, rstd = _flat(weight), rstd.contiguous()
-    needs = needs._replace(dw=dw is not None)
-    layouts = (_layout(dy), _layout(x), _layout(weight))
-    launches = backward_launches(spec, *layouts, needs, device_of(x), _layout(gate), _layout(dresidual_out))
-    c1 = dw_partial = None
-    if launches.c1 is not None:
-        c1 = torch.empty(rstd.shape, dtype=accumulation_dtype(rstd, weight), device=x.device)
-        launches.c1(dy, x, gate, weight, rstd, c1)
-    if dw is not None:
-        dw_partial = torch.empty((launches.main.grid[0], dw.numel()), dtype=accumulation_dtype(rstd, dw), device=x.device)
-    launches.main(dy, dresidual_out, x, gate, weight, rstd, c1, dx, dresidual, dgate, dw_partial)
-    if dw is not None:
-        launches.sum_partials(dw_partial, dw)
+    rstd = rstd.contiguous()
+    c1, dw_partial = _allocate(plan.c1, x), _allocate(plan.dw_partial, x)
+    if c1 is not None:
+        plan.launches.c1(dy, x, gate, weight, rstd, c1)
+    plan.launches.main(dy, dresidual_out, x, gate, weight, rstd, c1, gradients.dx, gradients.dresidual, gradients.dgate, dw_partial)
+    if dw_partial is not None:
+        plan.launches.sum_partials(dw_partial, gradients.dw)
     return gradients
 
 
@@ -102,19 +94,19 @@ class Launch:
         self.values = values  # by the names of the kernel's parameters
         self.arguments = tuple(values[name] for name in kernel.arg_names if name in values)  # all that follow the pointers
         self.options = {"num_warps": config.num_warps, "num_ctas": config.num_ctas, "enable_fp_fusion": True}
-        self._compiled: dict[tuple[bool, ...], triton.compiler.CompiledKernel] = {}
+        self._compiled: dict[tuple[bool, ...], Callable] = {}
 
     def __call__(self, *pointers: Tensor | None) -> None:
         if INTERPRETED:
             return _interpret(self, pointers)
         # Triton compiles for what pointers are divisible by. Everything else that it specializes on is fixed here.
         aligned = tuple([pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers])
+        run = self._compiled.get(aligned)
         with torch.cuda.device_of(pointers[0]):
-            compiled = self._compiled.get(aligned)
-            if compiled is None:
-                self._compiled[aligned] = self.kernel[self.grid](*pointers, *self.arguments, **self.options)
+            if run is None:
+                self._compiled[aligned] = self.kernel[self.grid](*pointers, *self.arguments, **self.options)[self.grid]
             else:
-                compiled[self.grid](*pointers, *self.arguments)
+                run(*pointers, *self.arguments, stream=torch._C._cuda_getCurrentRawStream(pointers[0].device.index))
 
 
 _INTERPRETER_LOCK = threading.Lock()  # the interpreter keeps the program id in a global, and autograd has threads of its own
@@ -147,6 +139,69 @@ class Layout(NamedTuple):
     dtype: torch.dtype
 
 
+class _ForwardPlan(NamedTuple):
+    launch: Launch | None  # None: nothing to compute
+    outputs: tuple[Layout | None, ...]  # y, rstd, x + residual
+
+
+class _BackwardPlan(NamedTuple):
+    launches: "BackwardLaunches | None"
+    gradients: tuple[Layout | None, ...]
+    c1: Layout | None
+    dw_partial: Layout | None
+
+
+@lru_cache(maxsize=4096)
+def _forward_plan(
+    spec: Spec, x: Layout, weight: Layout | None, device: tuning.Device, residual: Layout | None, gate: Layout | None, needs_rstd: bool
+) -> _ForwardPlan:
+    outputs = (
+        _contiguous(x.shape, spec.output_dtype(x, weight)),
+        _contiguous(spec.rstd_shape(x.shape), accumulation_dtype(x, residual, gate)) if needs_rstd else None,
+        _contiguous(x.shape, residual.dtype) if residual else None,
+    )
+    return _ForwardPlan(forward_launch(spec, x, weight, device, residual, gate) if prod(x.shape) else None, outputs)
+
+
+@lru_cache(maxsize=4096)
+def _backward_plan(
+    spec: Spec,
+    dy: Layout,
+    x: Layout,
+    weight: Layout | None,
+    gate: Layout | None,
+    dresidual_out: Layout | None,
+    x_dtype: torch.dtype,
+    needs: Needs,
+    device: tuning.Device,
+) -> _BackwardPlan:
+    needs = needs._replace(dw=needs.dw and weight is not None)
+    gradients = (
+        _contiguous(x.shape, x_dtype) if needs.dx else None,
+        _contiguous(x.shape, x.dtype) if needs.dresidual else None,
+        _contiguous(x.shape, gate.dtype) if needs.dgate else None,
+        _contiguous(spec.normalized_shape, weight.dtype) if needs.dw else None,
+    )
+    if not prod(x.shape) or not any(needs):
+        return _BackwardPlan(None, gradients, None, None)
+    launches = backward_launches(spec, dy, x, weight, needs, device, gate, dresidual_out)
+    acc = accumulation_dtype(x, gate, weight)
+    return _BackwardPlan(
+        launches,
+        gradients,
+        _contiguous(spec.rstd_shape(x.shape), acc) if launches.c1 else None,
+        _contiguous((launches.main.grid[0], prod(spec.normalized_shape)), acc) if needs.dw else None,
+    )
+
+
+def _contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    return Layout(tuple(shape), tuple(prod(shape[i + 1 :]) for i in range(len(shape))), dtype)
+
+
+def _allocate(layout: Layout | None, like: Tensor) -> Tensor | None:
+    return None if layout is None else torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device=like.device)
+
+
 class BackwardLaunches(NamedTuple):
     c1: Launch | None  # where a row fits no tile
     main: Launch
@@ -155,12 +210,19 @@ class BackwardLaunches(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def forward_launch(
-    spec: Spec, x: Layout, weight: Layout | None, device: tuning.Device, residual: Layout | None = None, gate: Layout | None = None
+    spec: Spec,
+    x: Layout,
+    weight: Layout | None,
+    device: tuning.Device,
+    residual: Layout | None = None,
+    gate: Layout | None = None,
+    config: tuning.Config | None = None,  # None: chosen
 ) -> Launch:
     rows = {"x_strides": x, "residual_strides": residual, "gate_strides": gate}
     loads = sum(layout is not None for layout in rows.values())
     stores = 2 if residual else 1
-    config = tuning.forward_config(spec.columns, _itemsize(*rows.values()), _itemsize(weight), device, loads, stores)
+    key = measured.Key("forward", spec.columns, _itemsize(*rows.values()), _itemsize(weight), loads, stores)
+    config = config or measured.choose(key, device)
     values = _values(spec, config, rows, weight)
     if residual:
         values["STEPS"] = replace(values["STEPS"], residual_dtype=_TL_DTYPES[residual.dtype])
@@ -178,11 +240,13 @@ def backward_launches(
     device: tuning.Device,
     gate: Layout | None = None,
     dresidual_out: Layout | None = None,
+    config: tuning.Config | None = None,  # None: chosen
 ) -> BackwardLaunches:
     rows = {"dy_strides": dy, "dresidual_out_strides": dresidual_out, "x_strides": x, "gate_strides": gate}
     loads = sum(layout is not None for layout in rows.values())
     stores = max(1, needs.dx + needs.dresidual + needs.dgate)
-    config = tuning.backward_config(spec.columns, _itemsize(*rows.values()), _itemsize(weight), device, loads, stores)
+    key = measured.Key("backward", spec.columns, _itemsize(*rows.values()), _itemsize(weight), loads, stores)
+    config = config or measured.choose(key, device)
     values = _values(spec, config, rows, weight)
     blocks = triton.cdiv(spec.columns, config.block_n)
     programs = _programs(values["M"], config, spec.groups * blocks)
@@ -197,6 +261,12 @@ def backward_launches(
         grid = (triton.cdiv(columns, config.block_n), 1, 1)
         sum_partials = Launch(kernels._sum_partials_kernel, grid, config, programs=programs, **sizes)
     return BackwardLaunches(c1, main, sum_partials)
+
+
+def forget() -> None:
+    """Prepares everything anew: configurations are chosen again."""
+    for prepared in (forward_launch, backward_launches, _forward_plan, _backward_plan):
+        prepared.cache_clear()
 
 
 def _itemsize(*layouts: Layout | None) -> int:
@@ -258,8 +328,8 @@ def _rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int,
 
 def _readable(x: Tensor | None, spec: Spec) -> Tensor | None:
     """x itself where its normalized dimensions are one contiguous run and its sign is materialized, else a copy."""
-    if x is None:
-        return None
+    if x is None or (x.is_contiguous() and not x.is_neg()):
+        return x
     x = x.resolve_neg()
     run = 1
     for size, stride in zip(reversed(spec.normalized_shape), reversed(x.stride()), strict=False):
@@ -271,7 +341,9 @@ def _readable(x: Tensor | None, spec: Spec) -> Tensor | None:
 
 def _flat(weight: Tensor | None) -> Tensor | None:
     """The weight as one dimension: a view, with any stride, unless its dimensions cannot be merged."""
-    return None if weight is None else weight.resolve_neg().reshape(-1)
+    if weight is None or (weight.dim() == 1 and not weight.is_neg()):
+        return weight
+    return weight.resolve_neg().reshape(-1)
 
 
 def _layout(x: Tensor | None) -> Layout | None:

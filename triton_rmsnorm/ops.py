@@ -92,6 +92,9 @@ def normalize(
     if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (x, weight, residual, gate)):
         y, _, residual_out = reference.forward(x, weight, spec, residual, gate)
         return y, residual_out
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, residual, gate)):
+        y, _, residual_out = _run_forward(x, weight, residual, gate, spec, needs_rstd=False)
+        return y, residual_out
     if residual is None:
         return RMSNormFunction.apply(x, weight, None, gate, spec), None
     return RMSNormFunction.apply(x, weight, residual, gate, spec)
@@ -121,9 +124,9 @@ def _is_vmapped(tensor: Tensor | None) -> bool:
     return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def _run_forward(x, weight, residual, gate, spec) -> tuple[Tensor, Tensor, Tensor | None]:
+def _run_forward(x, weight, residual, gate, spec, needs_rstd=True) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if _direct(x, weight, residual, gate):
-        return launch.forward(x, weight, spec, residual, gate)
+        return launch.forward(x, weight, spec, residual, gate, needs_rstd)
     if "torch.distributed.tensor" in sys.modules:  # which takes half a second to import: not for those who do not use it
         from triton_rmsnorm import distributed
 

@@ -11,7 +11,7 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:19
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+class HasDtype(Protocol):
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 class Spec(NamedTuple):
@@ -52,19 +57,19 @@ class Spec(NamedTuple):
         ndim = len(self.normalized_shape)
         return (*shape[:-ndim], *(1,) * (ndim - 1), self.groups)
 
-    def product_dtype(self, weight: Tensor | None) -> torch.dtype | None:
+    def product_dtype(self, weight: HasDtype | None) -> torch.dtype | None:
         """Dtype of weight · x_hat where x_hat is rounded first: what torch makes of the product. None: not rounded."""
         if self.x_hat_dtype is None or weight is None:
             return self.x_hat_dtype
         return torch.promote_types(self.x_hat_dtype, weight.dtype)
 
-    def output_dtype(self, x: Tensor, weight: Tensor | None) -> torch.dtype:
+    def output_dtype(self, x: HasDtype, weight: HasDtype | None) -> torch.dtype:
         """The input's dtype, unless the product is the last step and has a dtype of its own."""
         gate_last = self.activation is not None and self.norm_before_gate
         return x.dtype if gate_last else self.product_dtype(weight) or x.dtype
 
 
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+def accumulation_dtype(*tensors: HasDtype | None) -> torch.dtype:
     """fp64 if any of the tensors is fp64, else fp32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
