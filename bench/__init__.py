@@ -1,0 +1,1 @@
+"""Measurements of triton_rmsnorm; run from a checkout."""
