@@ -144,6 +144,8 @@ def _run_backward(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs
 
 def _gradients(ctx, dy, dresidual_out, x, weight, gate, rstd) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, residual, gate and spec, as far as ctx needs them."""
+    if dy is None:  # only x + residual was used
+        dy = x.new_zeros(()).expand(x.shape)
     needs_dx, needs_dw, needs_dresidual, needs_dgate, _ = ctx.needs_input_grad
     shared = x.dtype == ctx.x_dtype  # dx serves for dresidual, too
     needs = Needs(needs_dx or (needs_dresidual and shared), needs_dresidual and not shared, needs_dgate, needs_dw)
@@ -160,11 +162,12 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec):
         y, rstd, residual_out = _run_forward(x, weight, residual, gate, spec)
         ctx.spec, ctx.x_dtype = spec, x.dtype
+        ctx.set_materialize_grads(False)  # an output that is not used costs nothing
         ctx.save_for_backward(x if residual is None else residual_out, weight, gate, rstd)
         return y if residual is None else (y, residual_out)
 
     @staticmethod
-    def backward(ctx, dy: Tensor, dresidual_out: Tensor | None = None):
+    def backward(ctx, dy: Tensor | None, dresidual_out: Tensor | None = None):
         return _gradients(ctx, dy, dresidual_out, *ctx.saved_tensors)
 
 
@@ -181,6 +184,7 @@ class TransformableForward(torch.autograd.Function):
         _, rstd, *residual_out = output
         ctx.spec, ctx.x_dtype = spec, x.dtype
         ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if residual is None else residual_out[0], weight, gate, rstd)
 
     @staticmethod
