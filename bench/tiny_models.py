@@ -22,7 +22,7 @@ HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, VOCAB, LAYERS, MAX_LAYERS = 64, 4, 16, 96
 
 # Integer fields by name: the first pattern that is found decides. A number bounds the field.
 _SIZES: list[tuple[str, int]] = [
-    (r"vocab_size$|vocabulary_size|num_embeddings$", VOCAB),
+    (r"vocab_size|vocabulary_size|num_embeddings$", VOCAB),
     (r"(key_value|kv)_heads?$|num_query_groups|n_head_kv|multi_query_group_num", 2),
     (r"heads?$|n_heads?_|heads?_num", HEADS),
     (r"experts_per_tok|experts_topk|num_selected|top_?k$|moe_k$|num_experts_per", 2),
@@ -35,6 +35,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"(head_dim|d_head|kv_channels|d_kv|head_size)$|^head_dim", HEAD_DIM),
     (r"(rank|lora.*dim)$", 16),
     (r"intermediate|ffn|d_ff|mlp_dim|n_inner|mlp_hidden|feed_forward", INTERMEDIATE),
+    (r"_per_layer_input$", 16),
     (r"(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embed_size|embedding_size|^dim|projection_dim|output_dim|width)$", HIDDEN),
     (r"max_position|n_positions|max_seq|n_ctx|max_(target|source)_pos|context_length", 256),
     (r"image_size$", 32),
@@ -52,7 +53,12 @@ _FIELDS: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "step3p5": {"sliding_window": 8},
     "unlimited_ocr_text": {"num_key_value_heads": HEADS},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": HEAD_DIM},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_headdim": HEAD_DIM,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 32,
+    },
 }
 
 # Where a type is looked up for its model class: language models before bare ones.
@@ -89,7 +95,9 @@ def tiny_model(model_type: str, seed: int = 0, **fields) -> PreTrainedModel:
     config = tiny_config(model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(model_type, config)._from_config(config, attn_implementation="eager", dtype=torch.float32)
+        # Grouped matrix products of experts do not exist in fp64.
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = model_class(model_type, config)._from_config(config, dtype=torch.float32, **eager)
         # The weights of norms start equal, which would hide an error in them.
         with torch.no_grad():
             for parameter in model.parameters():
@@ -187,7 +195,7 @@ def _make_consistent(config_class: type[PreTrainedConfig], default: dict, change
     types = default.get("layer_types")
     if isinstance(types, (list, tuple)) and "num_hidden_layers" in changed:
         # As many layers as show every type.
-        changed["num_hidden_layers"] = min(MAX_LAYERS, max(LAYERS, *(types.index(t) + 1 for t in set(types))))
+        changed["num_hidden_layers"] = min(MAX_LAYERS, max(LAYERS, *(types.index(one) + 1 for one in set(types))))
     if "kv_lora_rank" in default and "num_key_value_heads" in changed:
         changed["num_key_value_heads"] = changed["num_attention_heads"]
     if "qk_rope_head_dim" in default:

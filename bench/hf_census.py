@@ -1,0 +1,434 @@
+"""Patches a tiny random model of every model type of the installed transformers, and every class of norms on its own, and compares.
+
+    python -m bench.hf_census                       all of it; writes docs/hf_census.md
+    python -m bench.hf_census --types llama t5      some model types; prints
+
+Without a GPU the kernels run in Triton's interpreter: then this is about what is computed, not about how a GPU rounds.
+
+A model is run forward and backward (random weights of all outputs make the loss) as it is, and patched, in fp32 and in bf16, beside the
+same weights in fp64. Of every output and every gradient the patched model may be twice as far from fp64 as the original is, plus one
+unit in the last place. What rounding alone does to the original is also measured by controls, the original with every one-dimensional
+parameter moved to a neighbouring number: of the original and the controls, the one farthest from fp64 counts. Where a model does not
+run in fp64, the original takes its place. Distances are Euclidean, tensor by tensor. The state_dict must not change in any bit.
+"""
+
+import argparse
+import copy
+import importlib
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import platform
+import re
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+from bench.tiny_models import model_types, tiny_batch, tiny_model
+from triton_rmsnorm import patch, unpatch
+from triton_rmsnorm.recognition import agree, may_be_norm, recognize
+from triton_rmsnorm.semantics import evaluate
+
+PAGE = Path(__file__).parent.parent / "docs" / "hf_census.md"
+SECONDS = 120  # for one model type
+CONTROLS = 8  # when the first does not decide
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def census(model_type: str) -> dict:
+    """What became of the model of one type: stage, and why it stopped there; a row for each class of norms; the largest part of budget."""
+    result: dict = {"type": model_type, "stage": "build"}
+    with _reported(result):
+        model = tiny_model(model_type).eval()
+        result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        report = patch(model)
+        result["rows"] = [_row(row) for row in report.rows]
+        after = model.state_dict()
+        unpatch(model)
+        if list(before) != list(after) or not all(_same_bits(before[name], after[name]) for name in before):
+            raise AssertionError("the state_dict has changed")
+        if not report.replaced:
+            result["stage"] = "no norms"
+            return result
+        result["stage"] = "run"
+        batch = tiny_batch(model)
+        for dtype in (torch.float32, torch.bfloat16):
+            cast = copy.deepcopy(model).to(DEVICE, dtype)
+            result[str(dtype)] = _compare(cast, batch, dtype)
+        result["stage"] = "compared"
+    return result
+
+
+def _compare(model: nn.Module, batch: dict, dtype: torch.dtype) -> tuple[float, str, bool]:
+    """The largest distance in parts of its budget, of which tensor, and whether fp64 was there to compare with."""
+    original = _run(model, batch, dtype)
+    patch(model)
+    ours = _run(model, batch, dtype)
+    unpatch(model)
+    if ours.keys() != original.keys():
+        raise AssertionError(f"outputs or gradients came or went: {sorted(ours.keys() ^ original.keys())}")
+    try:
+        truth, in_fp64 = _run(copy.deepcopy(model).double(), batch, torch.float64), True
+    except (RuntimeError, TypeError, ValueError):
+        truth, in_fp64 = original, False
+    noise = {name: (original[name] - truth[name]).norm() for name in truth.keys() & original.keys()}
+    for control in range(CONTROLS):
+        moved = _run(_moved(model, seed=control), batch, dtype)
+        for name in noise.keys() & moved.keys():
+            noise[name] = torch.maximum(noise[name], (moved[name] - truth[name]).norm())
+        parts = {}
+        for name, distance in noise.items():
+            budget = 2 * distance + torch.finfo(dtype).eps * truth[name].norm()
+            parts[name] = ((ours[name] - truth[name]).norm() / budget).item() if budget > 0 else float(not ours[name].equal(truth[name]))
+        worst = max(parts, key=parts.get)
+        if parts[worst] <= 1:
+            break
+    return parts[worst], worst, in_fp64
+
+
+def _run(model: nn.Module, batch: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients by name, in fp64, of a loss that weights all outputs at random."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    batch = {name: _cast(value, dtype) for name, value in batch.items()}
+    outputs = dict(_tensors("output", model(**batch)))
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(output.shape, generator=generator).to(output.device) for name, output in outputs.items()}
+    sum((output.double() * weights[name]).sum() for name, output in outputs.items() if output.requires_grad).backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: tensor.detach().to(torch.float64, copy=True) for name, tensor in (outputs | gradients).items()}
+
+
+def _tensors(name: str, value) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point tensors in a model's output, but for caches."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield name, value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            if "past_key" not in str(key) and "cache" not in str(key):
+                yield from _tensors(f"{name}.{key}", one)
+    elif isinstance(value, (list, tuple)):
+        for index, one in enumerate(value):
+            yield from _tensors(f"{name}.{index}", one)
+
+
+def _cast(value, dtype: torch.dtype):
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(DEVICE, dtype if value.is_floating_point() else value.dtype)
+
+
+def _moved(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with every element of one-dimensional parameters moved to a neighbouring number, up or down."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                direction = torch.randn(parameter.shape, generator=generator).to(parameter) * torch.inf
+                parameter.copy_(torch.nextafter(parameter, direction))
+    return model
+
+
+def classes_of(package: str) -> dict:
+    """What became of every class of norms that is defined in the modeling files of a package, built with 64 columns."""
+    result: dict = {"package": package, "stage": "import", "classes": []}
+    with _reported(result):
+        for file in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            if not file.name.startswith("modeling_"):
+                continue
+            module = importlib.import_module(f"{package}.{file.name}")
+            for cls in vars(module).values():
+                if isinstance(cls, type) and cls.__module__ == module.__name__ and may_be_norm(cls):
+                    result["classes"] += [_class_outcome(cls, arguments) for arguments in _variants(cls)]
+        result["stage"] = "compared"
+    return result
+
+
+def _variants(cls: type) -> list[dict]:
+    """Arguments of the constructor: 64 columns, every combination of switches, with and without groups."""
+    choices: dict[str, tuple] = {}
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        required = parameter.default is parameter.empty
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if type(parameter.default) is bool:
+            choices[name] = (True, False)
+        elif "group_size" in name:
+            choices[name] = (16, 64) if required else (None, 16)
+        elif "n_groups" in name:
+            choices[name] = (1, 4)
+        elif name in ("dim", "hidden_size") or (required and "eps" not in name):
+            choices[name] = (64,)
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def _class_outcome(cls: type, arguments: dict) -> dict:
+    outcome = {"class": f"{cls.__module__.rpartition('.modeling_')[2]}.{cls.__name__}", "arguments": arguments}
+    try:
+        module = cls(**arguments)
+    except Exception as error:
+        return outcome | {"status": "not built", "reason": _message(error)}
+    rows = patch(copy.deepcopy(module)).rows
+    row = next((row for row in rows if row.cls is cls), None)
+    if row is None:
+        return outcome | {"status": "no norm"}
+    outcome |= _row(row)
+    if row.status == "replaced":
+        outcome["differs"] = _compare_alone(module)
+    return outcome
+
+
+def _compare_alone(module: nn.Module) -> str:
+    """Where a norm and its replacement differ on strided input: y as `recognition` tells semantics apart, gradients by the budget."""
+    norm = recognize(module).norm
+    gated = norm.semantics.activation is not None
+    for dtype, weight_dtype in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)):
+        torch.manual_seed(0)
+        original = copy.deepcopy(module).to(DEVICE, weight_dtype)
+        for parameter in original.parameters():
+            torch.nn.init.normal_(parameter)
+        ours = copy.deepcopy(original)
+        patch(ours)
+        x, gate = torch.randn(2, 8, 3, 64).to(DEVICE, dtype).transpose(1, 2)  # [3, 8, 64], strided
+        inputs = [x, gate][: 1 + gated]
+        y = [one(*inputs) for one in (original, ours)]
+        if not agree(*y):
+            return f"y, {dtype}"
+        dy = torch.randn_like(y[0])
+        truth = copy.deepcopy(original).double()
+        leaves = [t.double().requires_grad_() for t in inputs]
+        weight = getattr(truth, norm.weight) if norm.weight else None
+        value = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
+        exact = evaluate(norm.semantics.in_float32(), leaves[0], weight, value, norm.dims, leaves[1] if gated else None)
+        wanted = _gradients(exact, leaves, truth, dy.double())
+        found = []
+        for one in (original, ours):
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            found.append(_gradients(one(*leaves), leaves, one, dy))
+        for index, (theirs, mine, exact) in enumerate(zip(*found, wanted, strict=True)):
+            budget = 2 * (theirs.double() - exact).norm() + torch.finfo(mine.dtype).eps * exact.norm()
+            if mine.dtype != theirs.dtype or (mine.double() - exact).norm() > budget:
+                return f"gradient {index}, {dtype}"
+    return ""
+
+
+def _gradients(y: Tensor, inputs: list[Tensor], module: nn.Module, dy: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y, [*inputs, *module.parameters()], dy))
+
+
+def _row(row) -> dict:
+    return {"name": row.cls.__name__, "semantics": row.semantics, "count": row.count, "status": row.status, "reason": row.reason}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _message(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)}"[:160]
+
+
+class _TooLongError(Exception):
+    """A job has taken more than its seconds."""
+
+
+@contextmanager
+def _reported(result: dict) -> Iterator[None]:
+    """Notes what is raised, and the seconds."""
+
+    def stop(*_):
+        raise _TooLongError(f"more than {SECONDS} seconds")
+
+    start = time.perf_counter()
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    except Exception as error:
+        result["error"] = _message(error)
+        result["where"] = traceback.format_exc()[-2000:]
+    finally:
+        signal.alarm(0)
+        result["seconds"] = time.perf_counter() - start
+
+
+def _job(task: tuple[str, str]) -> dict:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return {"models": census, "classes": classes_of}[task[0]](task[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all by default")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--json", type=Path, help="also write all results to this file")
+    args = parser.parse_args()
+
+    types = args.types or model_types()
+    packages = sorted({f"transformers.models.{model_type_to_module_name(one)}" for one in types})
+    tasks = [("models", one) for one in types] + [("classes", one) for one in packages]
+    results: dict[str, list[dict]] = {"models": [], "classes": []}
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=200) as pool:
+        for result in tqdm(pool.imap_unordered(_job, tasks, chunksize=4), total=len(tasks), unit="task"):
+            results["models" if "type" in result else "classes"].append(result)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = f"{time.perf_counter() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of processor time"
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    page = write_page(results, took)
+    if args.types:
+        print(page)
+    else:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page)
+        print(page.partition("\n## ")[0])
+    sys.exit(bool(differences(results)))
+
+
+def differences(results: dict[str, list[dict]]) -> list[str]:
+    """Everything that is wrong."""
+    found = []
+    for model in results["models"]:
+        if "error" in model and model["error"].startswith("AssertionError"):
+            found.append(f"{model['type']}: {model['error']}")
+        for dtype in ("torch.float32", "torch.bfloat16"):
+            parts, name, _ = model.get(dtype, (0.0, "", True))
+            if not parts <= 1:
+                found.append(f"{model['type']}, {dtype}: {name} is {parts:.2f} times as far off as it may be")
+    for package in results["classes"]:
+        found += [f"{one['class']}({one['arguments']}): {one['differs']}" for one in package["classes"] if one.get("differs")]
+    return found
+
+
+def write_page(results: dict[str, list[dict]], took: str) -> str:
+    models = sorted(results["models"], key=lambda model: model["type"])
+    classes = sorted((one for package in results["classes"] for one in package["classes"]), key=lambda one: one["class"])
+    compared = [model for model in models if model["stage"] == "compared"]
+    wrong = differences(results)
+    lines = [
+        "# Every model type of transformers, patched",
+        "",
+        f"Written by `python -m bench.hf_census` on {date.today()}: transformers {version('transformers')}, torch {version('torch')}, "
+        f"triton {version('triton')}, {_machine()}; {took}.",
+        "What is compared, and how exactly, is said at the top of that file.",
+        "",
+        f"- {len(models)} model types; {sum(model['stage'] != 'build' for model in models)} can be built from a shrunk configuration.",
+        f"- {len(compared)} have norms that are replaced and run forward and backward, as they were and patched, in fp32 and in bf16: "
+        f"{sum(row['count'] for model in compared for row in model['rows'] if row['status'] == 'replaced')} norms.",
+        f"- {sum(model[key][2] for model in compared for key in _DTYPES)} of these {2 * len(compared)} comparisons had fp64 to go by.",
+        f"- Differences beyond rounding: {len(wrong) or 'none'}.",
+        *(f"    - {one}" for one in wrong),
+        "",
+        "## Semantics",
+        "",
+        "Classes that could be built alone, with each of their switches; models that ran. "
+        "x_hat is the normalized input in fp32, w the weight; `.to(x)` rounds to the dtype of the input, `.to(w)` to that of the weight.",
+        "",
+        *_table(("semantics", "classes", "model types", "norms in them"), _by_semantics(compared, classes)),
+        "",
+        "## Left alone",
+        "",
+        "Classes that sound like an RMS norm, or come close to one.",
+        "",
+        *_table(("class", "reason"), _left_alone(models, classes)),
+        "",
+        "## Models",
+        "",
+        "The largest distance of any output or gradient, in parts of its budget; 1 would be too much. (*) without fp64.",
+        "",
+        *_table(("model type", "parameters", "norms", "semantics", "fp32", "bf16"), map(_model_line, compared)),
+        "",
+        "## Not run",
+        "",
+        "They would have norms, or it is not known: the default configuration cannot be built small, or the model wants other input.",
+        "",
+        *_table(("reason", "model types"), _not_run(models)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_DTYPES = ("torch.float32", "torch.bfloat16")
+
+
+def _machine() -> str:
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"Triton's interpreter, {os.cpu_count()} {platform.machine()} cores"
+
+
+def _table(head: tuple[str, ...], rows) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells]]
+
+
+def _by_semantics(models: list[dict], classes: list[dict]) -> list[tuple]:
+    found: dict[str, list[set]] = defaultdict(lambda: [set(), set()])
+    norms: dict[str, int] = defaultdict(int)
+    for one in classes:
+        if one["status"] == "replaced":
+            found[_without_size(one["semantics"])][0].add(one["class"])
+    for model in models:
+        for row in model["rows"]:
+            if row["status"] == "replaced":
+                found[_without_size(row["semantics"])][1].add(model["type"])
+                norms[_without_size(row["semantics"])] += row["count"]
+    order = sorted(found, key=lambda semantics: -len(found[semantics][0]))
+    return [(f"`{semantics}`", *map(len, found[semantics]), norms[semantics]) for semantics in order]
+
+
+def _without_size(semantics: str) -> str:
+    return re.sub(r"groups of \d+", "groups", semantics)
+
+
+def _left_alone(models: list[dict], classes: list[dict]) -> list[tuple]:
+    rows = {(one["class"], one["reason"]): None for one in classes if one["status"] == "left alone"}
+    seen = {name.rpartition(".")[2] for name, _ in rows}
+    for model in models:
+        for row in model.get("rows", ()):
+            if row["status"] == "left alone" and row["name"] not in seen:
+                rows[row["name"], row["reason"]] = None
+    return sorted(rows)
+
+
+def _model_line(model: dict) -> tuple:
+    replaced = [row for row in model["rows"] if row["status"] == "replaced"]
+    parts = [f"{model[dtype][0]:.2f}{'' if model[dtype][2] else ' *'}" for dtype in _DTYPES]
+    semantics = ", ".join(f"`{one}`" for one in sorted({row["semantics"] for row in replaced}))
+    return model["type"], model["parameters"], sum(row["count"] for row in replaced), semantics, *parts
+
+
+def _not_run(models: list[dict]) -> list[tuple]:
+    reasons = defaultdict(list)
+    for model in models:
+        if model["stage"] not in ("compared", "no norms"):
+            reasons[f"{model['stage']}: {model.get('error', '')}"].append(model["type"])
+    return sorted(((reason, ", ".join(types)) for reason, types in reasons.items()), key=lambda row: (-len(row[1]), row))
+
+
+if __name__ == "__main__":
+    main()
