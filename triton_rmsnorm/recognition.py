@@ -17,6 +17,7 @@ import itertools
 import math
 import re
 import types
+import warnings
 import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def _mentions_eps(cls: type) -> bool:
     for function in (value for base in bases for name, value in vars(base).items() if name != "__init__"):
         if isinstance(function, types.FunctionType):
             code = function.__code__
-            if any("eps" in name for name in (*code.co_varnames, *code.co_names)):
+            if any("eps" in name for name in (*code.co_varnames, *code.co_names, *code.co_freevars)):
                 return True
             if any(type(v) is float and 0 < v <= 1e-2 for v in (*code.co_consts, *(function.__defaults__ or ()))):
                 return True
@@ -162,8 +163,9 @@ def _prove(module: nn.Module) -> Verdict:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """On the CPU, with gradients, without the caller's modes and autocast; random state restored."""
+    """On the CPU, with gradients, without warnings, without the caller's modes and autocast; random state restored."""
     with (
+        warnings.catch_warnings(),
         _disable_current_modes(),
         torch.device("cpu"),
         torch.random.fork_rng(devices=[]),
@@ -171,6 +173,7 @@ def isolated() -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
     ):
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -295,7 +298,8 @@ class _Proof:
         """The epsilon that rows of tiny and of large elements of one magnitude show, where it is a number that somebody writes down."""
         sign = self._randn(*self.shape).sign().expand(*self.rows, *self.shape)
         tiny, large = 1e-12, 1e4
-        at_tiny, at_large = (self._run(self._probe(size * sign, gate=torch.ones_like(sign))) for size in (tiny, large))
+        probe = self._probe(sign, gate=torch.ones_like(sign))
+        at_tiny, at_large = (self._run(replace(probe, x=size * sign)) for size in (tiny, large))
         if isinstance(at_tiny, Tensor) and isinstance(at_large, Tensor):
             ratio = (at_tiny.double() / at_large.double()).median().item()
             if 0 < ratio < 1:
