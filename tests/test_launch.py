@@ -113,8 +113,8 @@ def test_launches_are_kept(device, launches):
 
 
 @pytest.fixture
-def accesses(monkeypatch):
-    """Addresses that the interpreted kernels load from and store to, and the pointers that they have them from."""
+def accesses(monkeypatch, launches):
+    """Addresses that the interpreted kernels load from and store to; what is no tensor's is an error before it is touched."""
     if not launch.INTERPRETED:
         pytest.skip("a GPU does not tell")
     from triton.runtime.interpreter import InterpreterBuilder
@@ -124,7 +124,11 @@ def accesses(monkeypatch):
     def spied(original, addresses):
         def access(self, pointers, *rest):
             mask = next(each.data for each in rest if each is not None and each.data.dtype == bool)
-            addresses.append(pointers.data[np.broadcast_to(mask, pointers.data.shape)])
+            touched = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+            storages = [tensor.untyped_storage() for tensor in launches[-1].pointers.values() if tensor is not None]
+            inside = sum((touched >= s.data_ptr()) & (touched < s.data_ptr() + s.nbytes()) for s in storages)
+            assert np.all(inside), "touches memory that is no tensor's"
+            addresses.append(touched)
             return original(self, pointers, *rest)
 
         return access
@@ -167,7 +171,7 @@ def test_touches_what_it_should(shape, group_size, stand_in, device, run_as, lau
 
 def test_offsets_beyond_2_31(device):
     """Rows and elements of the weight that lie more than 2^31 elements apart, in memory that nobody touches in between."""
-    n, row, column = 64, 2**30 + 2**20, 2**25 + 2**21
+    n, row, column = 64, 2**30 + 2**20 + 1, 2**25 + 2**21 + 1  # odd: strides are counted in units of what all are divisible by
     elements = 2 * max(2 * row, (n - 1) * column + 1)
     if device.type == "cpu":
         base = torch.frombuffer(mmap.mmap(-1, 2 * elements), dtype=torch.float16)

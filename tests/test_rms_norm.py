@@ -124,9 +124,9 @@ def test_roundings(dtype, weight_dtype, x_hat_dtype, rstd_dtype, n, device, laun
     def function(x, weight):
         return rms_norm(x, (n,), weight, x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
 
-    y = function(x, weight)
+    y = function(x.requires_grad_(), weight).detach()
     rstd = launches[0].pointers["RSTD"]
-    x_hat = x.to(rstd.dtype) * (rstd if rstd_dtype is None else rstd.to(rstd_dtype).to(rstd.dtype))
+    x_hat = x.detach().to(rstd.dtype) * (rstd if rstd_dtype is None else rstd.to(rstd_dtype).to(rstd.dtype))
     if x_hat_dtype is not None:
         x_hat = x_hat.to(x_hat_dtype)
     product = x_hat if weight is None else x_hat * weight.to(torch.promote_types(weight.dtype, x_hat.dtype))
@@ -135,7 +135,7 @@ def test_roundings(dtype, weight_dtype, x_hat_dtype, rstd_dtype, n, device, laun
 
     dy = draw(y.shape, y.dtype, device)
     truth = exact_given(longdouble(x_hat), longdouble(rstd), weight, dy, spec)._replace(y=None)
-    composed = reference.backward(dy.to(rstd.dtype), x.to(rstd.dtype), weight, rstd, spec)
+    composed = reference.backward(dy.to(rstd.dtype), x.detach().to(rstd.dtype), weight, rstd, spec)
     ours = results_of(function, x, weight, dy)._replace(y=None)
     assert_within_budget(ours, truth, [Results(None, composed.dx, composed.dw)])
 
@@ -183,7 +183,7 @@ DEVICES = {
 }
 
 
-@pytest.mark.parametrize(("m", "n"), [(199, 127), (150, 1000), (40, 4096)])
+@pytest.mark.parametrize(("m", "n"), [(199, 127), (150, 1000), (140, 4096)])  # the last: more partial dw than one tile of their sum
 @pytest.mark.parametrize("stand_in", DEVICES.values(), ids=DEVICES)
 def test_configurations_of_devices(stand_in, m, n, device, run_as):
     run_as(stand_in)
