@@ -9,7 +9,9 @@ A model is run forward and backward (random weights of all outputs make the loss
 same weights in fp64. Of every output and every gradient the patched model may be twice as far from fp64 as the original is, plus one
 unit in the last place. What rounding alone does to the original is also measured by controls, the original with every one-dimensional
 parameter moved to a neighbouring number: of the original and the controls, the one farthest from fp64 counts. Where a model does not
-run in fp64, the original takes its place. Distances are Euclidean, tensor by tensor. The state_dict must not change in any bit.
+run in fp64, the original takes its place. Distances are Euclidean, tensor by tensor. Besides, each norm's output is compared with what
+the original's forward makes of the same input, as recognition tells semantics apart: equal in half precision but for a few elements on a
+rounding boundary, to the last bits in fp32. The state_dict must not change in any bit.
 """
 
 import argparse
@@ -45,8 +47,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 from bench.tiny_models import model_types, tiny_batch, tiny_model
-from triton_rmsnorm import patch, unpatch
+from triton_rmsnorm import patch, patched, unpatch
 from triton_rmsnorm.recognition import agree, may_be_norm, recognize
+from triton_rmsnorm.replacement import is_replacement
 from triton_rmsnorm.semantics import evaluate
 
 PAGE = Path(__file__).parent.parent / "docs" / "hf_census.md"
@@ -56,7 +59,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def census(model_type: str) -> dict:
-    """What became of the model of one type: stage, and why it stopped there; a row for each class of norms; the largest part of budget."""
+    """What became of the model of one type: stage, and why it stopped there; a row for each class of norms; the largest distances."""
     result: dict = {"type": model_type, "stage": "build"}
     with _reported(result):
         model = tiny_model(model_type).eval()
@@ -75,17 +78,24 @@ def census(model_type: str) -> dict:
         batch = tiny_batch(model)
         for dtype in (torch.float32, torch.bfloat16):
             cast = copy.deepcopy(model).to(DEVICE, dtype)
-            result[str(dtype)] = _compare(cast, batch, dtype)
+            result[str(dtype)] = compare(cast, batch, dtype)
         result["stage"] = "compared"
     return result
 
 
-def _compare(model: nn.Module, batch: dict, dtype: torch.dtype) -> tuple[float, str, bool]:
-    """The largest distance in parts of its budget, of which tensor, and whether fp64 was there to compare with."""
+def compare(model: nn.Module, batch: dict, dtype: torch.dtype) -> tuple[float, str, bool]:
+    """The largest distance in parts of its budget, of which tensor, and whether fp64 was there to compare with. `model` stays as it is."""
     original = _run(model, batch, dtype)
-    patch(model)
-    ours = _run(model, batch, dtype)
-    unpatch(model)
+    others: list[str] = []
+    try:
+        with patched(model), _watched(model, others):
+            ours = _run(model, batch, dtype)
+    except _TooLongError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"patched, it raises {_message(error)}") from error
+    if others:
+        raise AssertionError(f"another output of {', '.join(others)}")
     if ours.keys() != original.keys():
         raise AssertionError(f"outputs or gradients came or went: {sorted(ours.keys() ^ original.keys())}")
     try:
@@ -105,6 +115,28 @@ def _compare(model: nn.Module, batch: dict, dtype: torch.dtype) -> tuple[float, 
         if parts[worst] <= 1:
             break
     return parts[worst], worst, in_fp64
+
+
+@contextmanager
+def _watched(model: nn.Module, others: list[str]) -> Iterator[None]:
+    """Collects in `others` the norms whose output is not what the original's forward makes of the same input."""
+
+    def watch(name: str, module: nn.Module):
+        original = type(module).__bases__[0].forward
+
+        @torch.no_grad()
+        def hook(module, args, kwargs, output):
+            if not agree(output, original(module, *args, **kwargs)):
+                others.append(name)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    hooks = [watch(name, module) for name, module in model.named_modules() if is_replacement(type(module))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _run(model: nn.Module, batch: dict, dtype: torch.dtype) -> dict[str, Tensor]:

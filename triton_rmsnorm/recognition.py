@@ -50,6 +50,7 @@ class Verdict:
     norm: Norm | None
     reason: str = ""
     resembles: bool = False  # it looks like an RMS norm all the same
+    ran: bool = True  # its forward took what an RMS norm takes
 
 
 def recognize(module: nn.Module) -> Verdict | None:
@@ -66,7 +67,8 @@ def recognize(module: nn.Module) -> Verdict | None:
         verdict = _prove(module)
     else:
         verdict = verdicts.get(key) or verdicts.setdefault(key, _prove(module))
-    return verdict if verdict.norm or verdict.resembles or "norm" in type(module).__name__.lower() else None
+    named = verdict.ran and "norm" in type(module).__name__.lower()
+    return verdict if verdict.norm or verdict.resembles or named else None
 
 
 _VERDICTS: weakref.WeakKeyDictionary[type, dict[Hashable, Verdict]] = weakref.WeakKeyDictionary()
@@ -148,9 +150,10 @@ def _key(value) -> tuple:
 
 
 class _NotProvedError(Exception):
-    def __init__(self, reason: str, resembles: bool = False):
+    def __init__(self, reason: str, resembles: bool = False, ran: bool = True):
         super().__init__(reason)
         self.resembles = resembles
+        self.ran = ran
 
 
 def _prove(module: nn.Module) -> Verdict:
@@ -158,7 +161,7 @@ def _prove(module: nn.Module) -> Verdict:
         with isolated():
             return Verdict(_Proof(module).norm())
     except _NotProvedError as refused:
-        return Verdict(None, str(refused), refused.resembles)
+        return Verdict(None, str(refused), refused.resembles, refused.ran)
 
 
 @contextmanager
@@ -388,8 +391,9 @@ class _Proof:
                 raise _NotProvedError(f"it computes {semantics}, but its gradient is another", resembles=True)
 
     def _fails(self, error: Exception) -> _NotProvedError:
-        resembles = _sounds_like_rms(self.cls)
-        return _NotProvedError(f"its forward fails on a copy on the CPU: {type(error).__name__}: {str(error).splitlines()[0]}", resembles)
+        message = str(error).split("\n")[0]
+        reason = f"its forward fails on a copy on the CPU: {type(error).__name__}: {message}"
+        return _NotProvedError(reason, resembles=_sounds_like_rms(self.cls), ran=False)
 
     def _none_fits(self, probe: _Probe, actual: Tensor, candidates: list[Semantics], eps: str | float) -> _NotProvedError:
         """The reason, in words: what it is instead, if it is a known other thing."""
