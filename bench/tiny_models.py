@@ -53,8 +53,17 @@ _FIELDS: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "step3p5": {"sliding_window": 8},
     "unlimited_ocr_text": {"num_key_value_heads": HEADS},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "linear_num_value_heads": HEADS,
+    },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"],
+        "n_mamba_heads": 8,
         "mamba_headdim": HEAD_DIM,
         "attention_hidden_size": 2 * HIDDEN,
         "attention_head_dim": 32,
