@@ -169,8 +169,10 @@ def test_touches_what_it_should(shape, group_size, stand_in, device, run_as, lau
         assert set(times) == {sum(1 if choose(columns, 4, 4, stand_in).block_n >= columns else 2 for choose in kernels)}
 
 
-def test_offsets_beyond_2_31(device):
+def test_offsets_beyond_2_31(device, request):
     """Rows and elements of the weight that lie more than 2^31 elements apart, in memory that nobody touches in between."""
+    if launch.INTERPRETED:
+        request.getfixturevalue("accesses")  # an error rather than a crash
     n, row, column = 64, 2**30 + 2**20 + 1, 2**25 + 2**21 + 1  # odd: strides are counted in units of what all are divisible by
     elements = 2 * max(2 * row, (n - 1) * column + 1)
     if device.type == "cpu":

@@ -84,11 +84,13 @@ def test_eps(eps, device):
     check(draw((199, 127), torch.float32, device), draw((127,), torch.float32, device), (127,), eps=eps)
 
 
+@pytest.mark.parametrize("eps", [None, 1e-6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_default_eps(dtype, device):
-    """Rows whose mean square is about eps show which eps it is: that of the arithmetic, not of the dtype."""
-    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    check((draw((199, 64), torch.float64, device) * eps**0.5).to(dtype), draw((64,), dtype, device), (64,))
+def test_precision_of_eps(dtype, eps, device):
+    """Rows whose mean square is about eps show which eps it is: that of the arithmetic, not of the dtype, with all its digits."""
+    scale = eps or torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    x = (draw((199, 64), torch.float64, device) * scale**0.5).to(dtype)
+    check(x, draw((64,), dtype, device), (64,), **({} if eps is None else {"eps": eps}))
 
 
 @pytest.mark.parametrize(("n", "group_size"), [(1024, 128), (300, 100), (8, 1), (96, 96), (2 * max(BLOCKED), max(BLOCKED))])
@@ -109,6 +111,7 @@ ROUNDINGS = [
     (torch.float16, torch.float32, torch.float16, torch.float16),
     (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
     (torch.float64, torch.float32, torch.float32, None),
+    (torch.float32, torch.float64, torch.float32, None),
     (torch.bfloat16, torch.bfloat16, None, torch.bfloat16),
     (torch.bfloat16, None, torch.bfloat16, None),
 ]
