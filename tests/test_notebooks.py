@@ -1,0 +1,162 @@
+"""What can be told of a notebook without running it: its outputs are all there and clean, and its text claims no figure of its own."""
+
+import ast
+import base64
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+PNG = b"\x89PNG\r\n\x1a\n"
+
+# A number with a unit of time, speed or share, a date, or a GPU by name: these come from results, never from whoever writes.
+MEASURED = re.compile(
+    r"\d\s*(%|percent|[GMT]i?B/s|tokens/s|[nµum]s\b|seconds?\b|minutes?\b|x faster|times (as )?(fast|close|slow|less|more))"
+    r"|\b20\d\d-\d\d"
+    r"|\b([HAB][12]00|MI3\d\d[AX]?|RTX \d+|L40S?|GH200)\b"
+)
+# Folders of somebody's machine; /usr/bin and the like would be one, too.
+ABSOLUTE = re.compile(r"(?<![\w.:/<])/(home|root|tmp|usr|opt|work|workspace|mnt|var|Users|content)/|\b[A-Z]:\\\\?[A-Za-z]")
+
+on_every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def outputs(path: Path) -> list[dict]:
+    return [output for cell in cells(path, "code") for output in cell["outputs"]]
+
+
+def texts(path: Path) -> Iterator[str]:
+    """All that is printed or displayed as text."""
+    for output in outputs(path):
+        for value in (output.get("text", ""), *(value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))):
+            yield "".join(value)
+
+
+def written(path: Path) -> Iterator[str]:
+    """All that is written by hand: markdown, comments and strings of code."""
+    for cell in cells(path, "markdown"):
+        yield source(cell)
+    for cell in cells(path, "code"):
+        yield from re.findall(r"#.*", source(cell))
+        nodes = ast.walk(ast.parse(source(cell)))
+        yield from (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def pictures(path: Path) -> list[bytes]:
+    return [base64.b64decode(output["data"]["image/png"]) for output in outputs(path) if "image/png" in output.get("data", {})]
+
+
+def test_all_three_are_there():
+    assert [path.stem for path in PATHS] == ["01_rmsnorm", "02_performance", "03_patch_a_model"]
+
+
+@on_every_notebook
+def test_is_valid(path):
+    nbformat = pytest.importorskip("nbformat")
+    nbformat.validate(nbformat.read(path, as_version=4))
+
+
+@on_every_notebook
+def test_every_cell_ran_once_in_order_and_none_failed(path):
+    code = cells(path, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for output in outputs(path) if output["output_type"] == "error"]
+    assert not [output["text"] for output in outputs(path) if output.get("name") == "stderr"]
+
+
+@on_every_notebook
+def test_pictures_are_there_and_fit_a_page(path):
+    for cell in cells(path, "code"):
+        if re.search(r"^plt\.show\(\)", source(cell), re.M):
+            assert any("image/png" in output.get("data", {}) for output in cell["outputs"]), source(cell)
+    assert len(pictures(path)) >= 2
+    for picture in pictures(path):
+        assert picture.startswith(PNG)
+        width, height = (int.from_bytes(picture[i : i + 4]) for i in (16, 20))
+        assert 500 <= width <= 1000 and 250 <= height <= 1200, f"{width} x {height} pixels"
+    assert path.stat().st_size < 2_000_000
+
+
+@on_every_notebook
+def test_says_versions(path):
+    assert re.search(r"triton_rmsnorm \d+\.\d+\.\d+.*, torch \d+\.\d+.*, triton \d+\.\d+", "\n".join(texts(path)))
+
+
+@on_every_notebook
+def test_no_path_of_a_machine(path):
+    found = [line for text in (*texts(path), *written(path)) for line in text.splitlines() if ABSOLUTE.search(line)]
+    assert not found
+
+
+@on_every_notebook
+def test_no_measured_number_is_written_by_hand(path):
+    found = [match[0] for text in written(path) for match in MEASURED.finditer(text)]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "caught"),
+    [
+        ("reaches 3.9 TB/s", True),
+        ("25.6 % of outputs", True),
+        ("on an H200", True),
+        ("takes 12 µs", True),
+        ("3 times as fast", True),
+        ("of 2026-11-23", True),
+        ("y = w * x_hat, 8192 rows", False),
+        ("outputs that differ (%)", False),
+        ("eps=1e-6", False),
+    ],
+)
+def test_what_counts_as_measured(text, caught):
+    assert bool(MEASURED.search(text)) == caught
+
+
+@pytest.mark.parametrize(
+    ("text", "caught"),
+    [
+        ("/home/me/x.py:3: Warning", True),
+        ("see /usr/lib/python3", True),
+        ('"C:\\\\Users"', True),
+        ("https://arxiv.org/usr/abs", False),
+        ("bench/results/", False),
+        ("mean of 1/N", False),
+    ],
+)
+def test_what_counts_as_a_path(text, caught):
+    assert bool(ABSOLUTE.search(text)) == caught
+
+
+def test_the_runner_keeps_outputs_and_notices_failures(tmp_path):
+    nbformat, _ = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+    execute = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(execute)
+
+    def notebook(name: str, *code: str) -> Path:
+        new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in code])
+        nbformat.write(new, tmp_path / name)
+        return tmp_path / name
+
+    good = notebook("good.ipynb", "print(1)\nprint(2)", "3 + 4")
+    bad = notebook("bad.ipynb", "1 / 0")
+    assert execute.main(["--write", str(good)]) == 0
+    (streams, result) = (cell["outputs"] for cell in cells(good, "code"))
+    assert [output["text"] for output in streams] == [["1\n", "2\n"]]
+    assert result[0]["data"]["text/plain"] == ["7"]
+
+    assert execute.main(["--write", str(bad), str(good)]) == 1
+    assert cells(bad, "code")[0]["outputs"] == []
