@@ -62,16 +62,13 @@ def _store(ROW, cols, value, mask):
 
 @triton.jit
 def _load_weight(W, stride_w, cols, mask, STEPS: tl.constexpr):
-    """Weight + offset as [1, BLOCK_N] (an fp64 weight stays fp64 and makes the product fp64, as torch promotes), or None."""
-    if W is None:
-        return None
-    else:
-        w = tl.load(W + cols.to(tl.int64) * stride_w, mask=mask, other=0.0)
-        if W.dtype.element_ty != tl.float64:
-            w = w.to(STEPS.acc)
-        if STEPS.weight_offset != 0.0:
-            w += STEPS.weight_offset
-        return w[None, :]
+    """Weight + offset as [1, BLOCK_N]; an fp64 weight stays fp64 and makes the product fp64, as torch promotes."""
+    w = tl.load(W + cols.to(tl.int64) * stride_w, mask=mask, other=0.0)
+    if W.dtype.element_ty != tl.float64:
+        w = w.to(STEPS.acc)
+    if STEPS.weight_offset != 0.0:
+        w += STEPS.weight_offset
+    return w[None, :]
 
 
 @triton.jit
@@ -162,7 +159,8 @@ def _rms_norm_fwd_kernel(
     first = group * N
     cols = tl.arange(0, BLOCK_N)
     eps = tl.full([], eps, STEPS.acc)
-    if BLOCK_N >= N:
+    w = None
+    if BLOCK_N >= N and W is not None:
         w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
 
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
@@ -205,8 +203,10 @@ def _rms_norm_fwd_kernel(
                 u = _norm_input(x_row, residual_row, gate_row, block, mask, STEPS)
                 if RESIDUAL_OUT is not None:
                     _store(RESIDUAL_OUT + out_row, block, u, mask)
-                w = _load_weight(W, stride_w, first + block, block < N, STEPS)
-                _store(y_row, block, _norm_output(u, rstd[:, None], w, gate_row, block, mask, STEPS), mask)
+                w_block = None
+                if W is not None:
+                    w_block = _load_weight(W, stride_w, first + block, block < N, STEPS)
+                _store(y_row, block, _norm_output(u, rstd[:, None], w_block, gate_row, block, mask, STEPS), mask)
 
 
 @triton.jit
@@ -243,7 +243,9 @@ def _rms_norm_bwd_kernel(
     groups = tl.num_programs(1)
     first = group * N
     cols = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
+    w = None
+    if W is not None:
+        w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
     if DW_PARTIAL is not None:
         dw = tl.zeros([BLOCK_M, BLOCK_N], DW_PARTIAL.dtype.element_ty)
 
@@ -338,8 +340,9 @@ def _rms_norm_bwd_c1_kernel(
                 dy *= g
             else:
                 u *= g
-        w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
-        wdy = dy if w is None else dy * w
+        wdy = dy
+        if W is not None:
+            wdy *= _load_weight(W, stride_w, first + cols, cols < N, STEPS)
         products += _x_hat(u, rstd, STEPS) * wdy
     tl.store(C1 + scalars, tl.sum(products, axis=1) / N, mask=rows < M)
 
