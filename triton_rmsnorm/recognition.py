@@ -137,7 +137,8 @@ def _attributes(module: nn.Module) -> dict:
 def _fingerprint(module: nn.Module) -> Hashable:
     attributes = tuple((name, _key(value)) for name, value in sorted(_attributes(module).items()))
     tensors = tuple((name, name in module._parameters, t.shape, t.is_floating_point()) for name, t in _tensors(module).items())
-    return type(module), type(module).forward, attributes, tensors, tuple(map(_fingerprint, module.children()))
+    children = tuple((weakref.ref(type(child)), _fingerprint(child)) for child in module.children())
+    return weakref.ref(type(module).forward), attributes, tensors, children
 
 
 def _key(value) -> tuple:
