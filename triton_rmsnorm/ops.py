@@ -1,12 +1,13 @@
-"""The operators `triton_rmsnorm::forward` and `::backward` with their fake implementations, and the autograd Functions over them.
+"""The operators `triton_rmsnorm::forward` and `::backward` with their fake implementations, and the autograd Functions around the kernels.
 
 Three ways lead to the kernels, and `normalize` chooses:
 
     plain eager             RMSNormFunction, which launches them without a detour through the dispatcher
-    traced or intercepted   RMSNormFunction over the operators (torch.compile, export, fake tensors, DTensor, dispatch modes)
+    traced or intercepted   the operators (torch.compile, export, fake tensors, DTensor, dispatch modes)
     torch.func              TransformableForward and TransformableBackward, with rules for vmap and higher derivatives
 
-Forward-mode derivatives, second derivatives and a batched weight are composed of torch's operations, from `reference`.
+The operators are differentiable, too, by the latter two. Forward-mode derivatives, second derivatives and a batched weight are composed
+of torch's operations, from `reference`.
 """
 
 import sys
@@ -71,6 +72,36 @@ def _spec(fields) -> Spec:
     return Spec(tuple(normalized_shape), *rest)
 
 
+def _autograd_forward(x, weight, residual, gate, *spec):
+    tensors = (x, weight, residual, gate)
+    if _forward_mode(*tensors):
+        y, rstd, residual_out = reference.forward(x, weight, _spec(spec), residual, gate)
+        return y, rstd, _or_empty(residual_out, x)
+    if _needs_grad(*tensors):
+        y, rstd, *residual_out = TransformableForward.apply(*tensors, _spec(spec))
+        return y, rstd, _or_empty(residual_out[0] if residual_out else None, x)
+    if _direct(*tensors):  # another dispatch would cost as much as the one that led here
+        return _forward(*tensors, *spec)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.triton_rmsnorm.forward(*tensors, *spec)
+
+
+def _autograd_backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, needs, *spec):
+    tensors = (dy, dresidual_out, x, weight, gate)
+    if _forward_mode(*tensors):
+        outputs = iter(_composed_backward(*tensors, _spec(spec), x_dtype, needs))
+        return tuple(_or_empty(next(outputs) if needed else None, x) for needed in needs)
+    if _needs_grad(*tensors):
+        gradients = TransformableBackward.run(*tensors, rstd, _spec(spec), x_dtype, Needs(*needs))
+        return tuple(_or_empty(gradient, x) for gradient in gradients)
+    if _direct(*tensors):
+        return _backward(*tensors, rstd, x_dtype, needs, *spec)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.triton_rmsnorm.backward(*tensors, rstd, x_dtype, needs, *spec)
+
+
+_library.impl("forward", _autograd_forward, "Autograd")
+_library.impl("backward", _autograd_backward, "Autograd")
 for _key in ("CPU", "CUDA"):
     _library.impl("forward", _forward, _key)
     _library.impl("backward", _backward, _key)
@@ -82,27 +113,38 @@ def normalize(
     x: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """y and x + residual (or None), differentiable in every argument; on a device that launch.runs_on."""
-    if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling() or _forward_mode():
-            y, _, residual_out = reference.forward(x, weight, spec, residual, gate)
-        else:
-            y, _, *outputs = TransformableForward.apply(x, weight, residual, gate, spec)
-            residual_out = outputs[0] if outputs else None
-        return y, residual_out
-    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (x, weight, residual, gate)):
+    tensors = (x, weight, residual, gate)
+    transformed = torch._C._are_functorch_transforms_active()
+    if _forward_mode(*tensors) or (transformed and (torch.compiler.is_compiling() or _functionalized())):
         y, _, residual_out = reference.forward(x, weight, spec, residual, gate)
-        return y, residual_out
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, residual, gate)):
-        y, _, residual_out = _run_forward(x, weight, residual, gate, spec, needs_rstd=False)
-        return y, residual_out
-    if residual is None:
-        return RMSNormFunction.apply(x, weight, None, gate, spec), None
-    return RMSNormFunction.apply(x, weight, residual, gate, spec)
+    elif transformed:
+        y, _, *outputs = TransformableForward.apply(*tensors, spec)
+        residual_out = outputs[0] if outputs else None
+    elif not _direct(*tensors):
+        y, _, residual_out = _run_forward(*tensors, spec)
+    elif not _needs_grad(*tensors):
+        y, _, residual_out = launch.forward(x, weight, spec, residual, gate, needs_rstd=False)
+    elif residual is None:
+        y, residual_out = RMSNormFunction.apply(*tensors, spec), None
+    else:
+        y, residual_out = RMSNormFunction.apply(*tensors, spec)
+    return y, residual_out
 
 
-def _forward_mode() -> bool:
-    """Whether one of the active torch.func transforms is jvp."""
-    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in torch._C._functorch.get_interpreter_stack() or ())
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether one of them has a tangent; torch.func does not tell of which, so there all have."""
+    return forward_ad._current_level >= 0 and (torch._C._are_functorch_transforms_active() or any(_has_tangent(t) for t in tensors))
+
+
+def _functionalized() -> bool:
+    """Whether torch.func.functionalize is around, which knows no autograd Functions."""
+    return any(
+        level.key() == torch._C._functorch.TransformType.Functionalize for level in torch._C._functorch.get_interpreter_stack() or ()
+    )
 
 
 def _has_tangent(tensor: Tensor | None) -> bool:
@@ -124,9 +166,9 @@ def _is_vmapped(tensor: Tensor | None) -> bool:
     return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def _run_forward(x, weight, residual, gate, spec, needs_rstd=True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _run_forward(x, weight, residual, gate, spec) -> tuple[Tensor, Tensor, Tensor | None]:
     if _direct(x, weight, residual, gate):
-        return launch.forward(x, weight, spec, residual, gate, needs_rstd)
+        return launch.forward(x, weight, spec, residual, gate)
     if "torch.distributed.tensor" in sys.modules:  # which takes half a second to import: not for those who do not use it
         from triton_rmsnorm import distributed
 
@@ -136,9 +178,14 @@ def _run_forward(x, weight, residual, gate, spec, needs_rstd=True) -> tuple[Tens
 
 
 def _run_backward(dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs) -> reference.Gradients:
-    if _direct(dy, dresidual_out, x, weight, gate) and not any(_is_vmapped(t) for t in (dy, dresidual_out)):
+    tensors = (dy, dresidual_out, x, weight, gate)
+    if torch._C._are_functorch_transforms_active():
+        return TransformableBackward.run(*tensors, rstd, spec, x_dtype, needs)
+    if _direct(*tensors) and not _is_vmapped(dy) and not _is_vmapped(dresidual_out) and not _forward_mode(*tensors):
+        if torch.is_grad_enabled():  # create_graph
+            return TransformableBackward.run(*tensors, rstd, spec, x_dtype, needs)
         return launch.backward(dy, x, weight, rstd, spec, gate, dresidual_out, x_dtype, needs)
-    gradients = torch.ops.triton_rmsnorm.backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, list(needs), *spec)
+    gradients = torch.ops.triton_rmsnorm.backward(*tensors, rstd, x_dtype, list(needs), *spec)
     return reference.Gradients(*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)))
 
 
@@ -149,9 +196,7 @@ def _gradients(ctx, dy, dresidual_out, x, weight, gate, rstd) -> tuple[Tensor | 
     needs_dx, needs_dw, needs_dresidual, needs_dgate, _ = ctx.needs_input_grad
     shared = x.dtype == ctx.x_dtype  # dx serves for dresidual, too
     needs = Needs(needs_dx or (needs_dresidual and shared), needs_dresidual and not shared, needs_dgate, needs_dw)
-    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph, or a transform around this one
-    run = TransformableBackward.run if again or torch._C._are_functorch_transforms_active() else _run_backward
-    dx, dresidual, dgate, dw = run(dy, dresidual_out, x, weight, gate, rstd, ctx.spec, ctx.x_dtype, needs)
+    dx, dresidual, dgate, dw = _run_backward(dy, dresidual_out, x, weight, gate, rstd, ctx.spec, ctx.x_dtype, needs)
     return dx if needs_dx else None, dw, (dx if shared else dresidual) if needs_dresidual else None, dgate, None
 
 
@@ -160,7 +205,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec):
-        y, rstd, residual_out = _run_forward(x, weight, residual, gate, spec)
+        y, rstd, residual_out = launch.forward(x, weight, spec, residual, gate)
         ctx.spec, ctx.x_dtype = spec, x.dtype
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing
         ctx.save_for_backward(x if residual is None else residual_out, weight, gate, rstd)
