@@ -1,0 +1,89 @@
+"""A CUDA driver that does nothing, so that Triton's own host path runs on a machine without a GPU, up to the driver's door.
+
+Triton compiles its launcher in C against libcuda. Here libcuda is a stub whose calls succeed at once: signatures are bound, kernels are
+compiled, arguments are unpacked from tensors and launches are counted, all by Triton's code; only nothing is launched.
+
+    with stubbed():
+        triton_rmsnorm.rms_norm(x, (4096,), weight)  # of CPU tensors; the result is uninitialized
+"""
+
+import ctypes
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+
+from triton_rmsnorm import launch, tuning
+
+DEVICE = replace(tuning.SM_90, max_ctas=16 if launch._CLUSTERS else 1)
+
+# The calls whose answer Triton looks at; all others only return CUDA_SUCCESS.
+_ANSWERS = {
+    "cuPointerGetAttribute": "(unsigned long long *pointer, int what, unsigned long long of) { *pointer = of; return 0; }",
+    "cuDeviceGetAttribute": f"(int *value, int what, int device) {{ *value = {DEVICE.shared_memory}; return 0; }}",
+    "cuFuncGetAttribute": "(int *value, int what, void *function) { *value = what == 0 ? 1024 : 0; return 0; }",  # 0: threads a block
+    "cuCtxGetCurrent": "(void **context) { *context = (void *)1; return 0; }",
+    "cuLaunchKernelEx": "() { ++launches; return 0; }",
+    "cuStreamIsCapturing": "(void *stream, int *status) { *status = 0; return 0; }",
+}
+
+
+def _build(folder: Path) -> ctypes.CDLL:
+    """The stub of every function of libcuda that this Triton's launcher names, loaded under the name that the launcher opens."""
+    names = re.findall(r"\bcu[A-Z]\w+", Path(nvidia.__file__).with_suffix(".c").read_text() + Path(nvidia.__file__).read_text())
+    functions = [f"int {name}{_ANSWERS.get(name, '() { return 0; }')}" for name in sorted({*names, *_ANSWERS})]
+    source, library = folder / "stub.c", folder / "libcuda.so.1"
+    source.write_text("\n".join(["int launches;", *functions]))
+    command = ["cc", "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+class _Driver(nvidia.CudaDriver):
+    def __init__(self):
+        super().__init__()
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Stub:
+    def __init__(self, library: ctypes.CDLL):
+        self._launches = ctypes.c_int.in_dll(library, "launches")
+
+    @property
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        return self._launches.value
+
+
+@contextmanager
+def stubbed() -> Iterator[Stub]:
+    """While it is active, Triton's kernels are compiled for sm_90 and launched into nothing, and CPU tensors pass for tensors of a GPU."""
+    if launch.INTERPRETED:
+        raise RuntimeError("the host path does not run under TRITON_INTERPRET=1")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder),
+        mock.patch.object(launch, "runs_on", lambda device: True),
+        mock.patch.object(launch, "device_of", lambda x: DEVICE),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
+    ):
+        library = _build(Path(folder))
+        triton.runtime.driver.set_active(_Driver())
+        try:
+            yield Stub(library)
+        finally:
+            triton.runtime.driver.set_active(None)

@@ -1,0 +1,484 @@
+"""The benchmark, end to end on small problems, with the interpreter for a GPU and a clock that is made up."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bench import harness, host, plot, problems, providers, run, tune
+from bench.problems import DIRECTIONS, Problem, draw
+from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
+from triton_rmsnorm import autotune, launch, measured, reference, tuning
+
+CPU = torch.device("cpu")
+SMALL = [
+    Problem(32, 48, direction, variant, dtype, weight_dtype, residual_dtype, layout)
+    for direction, variant, (dtype, weight_dtype, residual_dtype), layout in itertools.product(
+        DIRECTIONS, ("plain", "residual", "gated"), (("bf16", "bf16", "bf16"), ("bf16", "fp32", "fp32")), ("contiguous", "slice")
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def few_heads(monkeypatch):
+    monkeypatch.setattr(problems, "HEADS", 4)
+
+
+def by_reference(problem):
+    def norm(x, weight, residual, gate):
+        y, _, residual_out = reference.forward(x, weight, problem.spec, residual, gate)
+        return y if residual_out is None else (y, residual_out)
+
+    return norm
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=str)
+def test_bytes_are_those_of_the_tensors(problem):
+    data = draw(problem, CPU)
+    results = {
+        direction: harness.make_call(problem._replace(direction=direction), by_reference(problem), data)() for direction in DIRECTIONS
+    }
+    forward = [*data.inputs, *results["forward"]]
+    given = [*data.cotangents, data.weight, results["forward"][-1] if data.residual is not None else data.x]
+    gradients = results["backward"]
+    if data.residual is not None and data.residual.dtype == data.x.dtype:
+        gradients = gradients[:-1]  # one serves for both
+    backward = [*given, *([data.gate] if data.gate is not None else []), *gradients]
+    total = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[problem.direction]
+    assert problem.bytes == sum(tensor.numel() * tensor.element_size() for tensor in total)
+
+
+def test_suites():
+    quick, full = (problems.SUITES[name] for name in ("quick", "full"))
+    assert set(quick) < set(full) and len(set(full)) == len(full) and len({str(problem) for problem in full}) == len(full)
+    assert {problem.direction for problem in full} == set(DIRECTIONS)
+    assert {problem.n for problem in full if problem.variant == "plain"} >= set(problems.GRID)
+    for problem in full:
+        assert problem.layout == "contiguous" or problem.m % 32 == 0
+        assert problem.m * problem.n <= problems.ELEMENTS * 1.01
+
+
+def test_slices_are_parts_of_one_projection():
+    data = draw(Problem(32, 48, variant="gated", layout="slice"), CPU)
+    assert data.x.shape == (8, 4, 48) and data.x.stride() == data.gate.stride() == (3 * 4 * 48, 48, 1)
+    assert data.x.untyped_storage().data_ptr() == data.gate.untyped_storage().data_ptr()
+
+
+# torch's own gate in half precision rounds the gradient before it reaches an fp32 weight: no problem of the suites.
+CHECKED = [(problem, OURS) for problem in SMALL] + [
+    (problem, EAGER) for problem in SMALL if problem.variant != "gated" or problem.weight_dtype == "bf16"
+]
+
+
+@pytest.mark.parametrize(("problem", "name"), CHECKED, ids=str)
+def test_providers_pass_the_check(problem, name):
+    data = draw(problem, CPU)
+    call = harness.make_call(problem, providers.PROVIDERS[name].norm(problem), data)
+    expected = harness.expect(problem, data)
+    assert harness.wrong(call(), expected) == ""
+    assert harness.wrong(call(), expected) == ""  # also when it is repeated
+
+
+DEFECTS = {
+    "y": lambda y, *rest: (y * 1.02, *rest),
+    "one element of y": lambda y, *rest: (torch.cat([y[:1] * 1.5, y[1:]]), *rest),
+    "nan": lambda y, *rest: (torch.where(torch.arange(y.shape[-1]) == 3, torch.nan, y), *rest),
+    "x + residual": lambda y, r: (y, r + 0.1),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_check_finds_what_is_wrong(defect, direction):
+    problem = Problem(32, 48, direction, "residual")
+    data, norm = draw(problem, CPU), by_reference(problem)
+    call = harness.make_call(problem, lambda *tensors: DEFECTS[defect](*norm(*tensors)), data)
+    assert harness.wrong(call(), harness.expect(problem, data)) != ""
+
+
+def test_check_counts_results():
+    problem = Problem(32, 48, variant="residual")
+    data = draw(problem, CPU)
+    call = harness.make_call(problem, lambda *tensors: by_reference(problem)(*tensors)[0], data)
+    assert harness.wrong(call(), harness.expect(problem, data)) == "1 results instead of 2"
+
+
+@pytest.mark.parametrize("wrong_input", ["x", "weight", "residual"])
+def test_check_finds_wrong_gradients(wrong_input):
+    problem = Problem(32, 48, "backward", "residual")
+    data = draw(problem, CPU)
+    norm, index = by_reference(problem), ["x", "weight", "residual"].index(wrong_input)
+
+    def defective(*tensors):
+        tensors = list(tensors)
+        half = tensors[index] / 2
+        tensors[index] = half.detach() + half  # the gradient of it is halved
+        return norm(*tensors)
+
+    fault = harness.wrong(harness.make_call(problem, defective, data)(), harness.expect(problem, data))
+    assert fault.startswith(f"d{wrong_input} is off")
+
+
+def test_check_finds_a_weight_gradient_accumulated_in_bf16():
+    problem = Problem(4096, 8, "backward", weight_dtype="fp32")
+    data = draw(problem, CPU)
+    expected = harness.expect(problem, data)
+    x_hat = F.rms_norm(data.x.float(), (8,), None, problems.EPS)
+    total = torch.zeros(8, dtype=torch.bfloat16)
+    for row in (data.dy.float() * x_hat).bfloat16():
+        total += row
+    results = harness.make_call(problem, by_reference(problem), data)()
+    assert harness.wrong(results, expected) == ""
+    assert harness.wrong([results[0], total.float()], expected).startswith("dweight is off")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_which_way_torch_took(direction):
+    problem = Problem(4, 8, direction)
+    assert providers.path(harness.make_call(problem, providers.eager(problem), draw(problem, CPU))) == "composite"  # on the CPU
+    fused = torch.nn.functional.layer_norm  # which is one operator there, too
+    call = harness.make_call(problem, lambda x, weight, residual, gate: fused(x, (8,), weight), draw(problem, CPU))
+    assert providers.path(call) == "fused op"
+
+
+def test_a_provider_that_is_not_installed_is_absent(monkeypatch):
+    monkeypatch.setitem(providers.PROVIDERS, "nobody", Provider(providers.ours, "no-such-package", "no_such_module"))
+    assert providers.absent()["nobody"] == "ModuleNotFoundError: No module named 'no_such_module'"
+    assert OURS not in providers.absent()
+    assert {"torch", "triton", "triton_rmsnorm"} <= providers.versions().keys() and "no-such-package" not in providers.versions()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("main", [run.main, tune.main], ids=["run", "tune"])
+def test_without_a_gpu(main, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == harness.NO_GPU not in (0, 1, 2)
+    assert "no GPU" in capsys.readouterr().out
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Shows 100 µs for the first thing that is timed, 101 µs for the next. Returns how often it was looked at."""
+    looks = []
+
+    def time_cold(call, seconds, before=lambda: None):
+        before()
+        call()
+        looks.append(call)
+        return [99.0 + len(looks)] * 5
+
+    monkeypatch.setattr(autotune, "time_cold", time_cold)
+    return looks
+
+
+def vandal(problem):
+    """Right at first, but it writes over the gradient that arrives, and is wrong if that is not restored."""
+    norm = by_reference(problem)
+
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            given = dy.clone()
+            dy.zero_()
+            return given
+
+    return lambda *tensors: Overwriting.apply(norm(*tensors))
+
+
+def unsupported(problem):
+    raise UnsupportedError("is not made for that")
+
+
+def failing(problem):
+    raise RuntimeError("broke\nin two lines")
+
+
+def wrong(problem):
+    norm = by_reference(problem)
+    return lambda *tensors: norm(*tensors) * 1.1
+
+
+PLAIN = [problem for problem in SMALL if problem.variant == "plain" and problem.weight_dtype == "bf16"]
+
+
+@pytest.fixture
+def bench_run(monkeypatch, tmp_path, clock):
+    """run.main on the plain small problems, with one provider of each kind."""
+    monkeypatch.setattr(harness, "gpu", lambda: CPU)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setitem(problems.SUITES, "quick", PLAIN)
+    table = {"vandal": vandal, OURS: providers.ours, "unsupported": unsupported, "failing": failing, "wrong": wrong}
+    table = {name: Provider(norm) for name, norm in table.items()} | {"nobody": Provider(failing, "nobody", "no_such_module")}
+    for patched in (providers, run, plot):
+        monkeypatch.setattr(patched, "PROVIDERS", table)
+    return lambda *arguments: run.main(["--jobs", "0", *arguments])
+
+
+def rows_of(folder: Path) -> list[dict]:
+    (file,) = folder.glob("run-*.json")
+    return json.loads(file.read_text())["rows"]
+
+
+def test_run(bench_run, clock, tmp_path, capsys):
+    assert bench_run() == 0
+    rows = rows_of(tmp_path)
+    assert len(rows) == 6 * len(PLAIN)
+    statuses = {(row["provider"], row["status"], row["note"]) for row in rows}
+    assert statuses == {
+        (CEILING, "measured", ""),
+        ("vandal", "measured", ""),
+        (OURS, "measured", ""),
+        ("unsupported", "unsupported", "is not made for that"),
+        ("failing", "failed", "RuntimeError: broke"),
+        *(entry for entry in statuses if entry[:2] == ("wrong", "wrong") and " is off by " in entry[2]),
+    }
+    assert len(clock) == 3 * len(PLAIN)
+    for row in rows:
+        if row["status"] == "measured":
+            assert row["low_us"] == row["us"] == row["high_us"] and row["calls"] == 5
+            assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["us"] / 1000, abs=0.06)
+    said = capsys.readouterr().out
+    assert "nobody is absent: ModuleNotFoundError" in said
+    assert f"{len(PLAIN)} losses" in said and "vandal" in said  # ours was timed 1 µs after it
+    file = json.loads(next(tmp_path.glob("run-*.json")).read_text())
+    assert file["metadata"].keys() >= {"gpu", "driver", "torch", "triton", "commit", "date"} and file["absent"].keys() == {"nobody"}
+
+
+def test_a_run_goes_on(bench_run, clock, tmp_path, capsys):
+    assert bench_run() == 0
+    (file,) = tmp_path.glob("run-*.json")
+    content = json.loads(file.read_text())
+    whole, cut = content["rows"], content["rows"][: len(content["rows"]) // 2]
+    file.write_text(json.dumps(content | {"rows": cut}))
+    clock.clear()
+    capsys.readouterr()
+    assert bench_run() == 0
+    assert "Going on with" in capsys.readouterr().out
+    names = [[(row["problem"], row["provider"]) for row in rows] for rows in (rows_of(tmp_path), whole)]
+    assert names[0] == names[1]
+    assert len(clock) == sum(row["status"] == "measured" for row in whole[len(cut) :])
+
+    file.write_text(json.dumps(content | {"rows": cut, "metadata": content["metadata"] | {"torch": "another"}}))
+    clock.clear()
+    assert bench_run() == 0  # of other versions nothing is taken over
+    assert len(clock) == 3 * len(PLAIN)
+
+
+def test_a_finished_run_is_not_gone_on_with(bench_run, monkeypatch, tmp_path, clock):
+    stamps = iter(f"2026-01-0{day}T00:00:00+00:00" for day in range(1, 9))
+    metadata = harness.metadata()
+    monkeypatch.setattr(harness, "metadata", lambda: metadata | {"date": next(stamps)})
+    for times in (1, 2):
+        assert bench_run() == 0
+        assert len(clock) == times * 3 * len(PLAIN) and len(list(tmp_path.glob("run-*.json"))) == times
+
+
+def test_out_of_time(bench_run, clock, capsys):
+    assert bench_run("--minutes", "0.0001") == 0
+    assert not clock
+    assert f"out of time, {6 * len(PLAIN)} of {6 * len(PLAIN)} cells are left" in capsys.readouterr().out
+
+
+def test_compiles_ahead(bench_run, capsys, launches, clock):
+    run._call_once(PLAIN[0], [CEILING, "failing", OURS], CPU)
+    assert launches and not clock
+    assert bench_run("--jobs", "1") == 0  # in a process of its own, which knows only the real providers
+    assert "not compiled ahead" not in capsys.readouterr().out
+    run._compile_ahead({problem: [OURS] for problem in PLAIN}, CPU, 1, 0.0)
+    assert f"of {len(PLAIN)} problems are not compiled ahead" in capsys.readouterr().out
+
+
+def test_ours_must_be_right(bench_run, monkeypatch):
+    monkeypatch.setitem(run.PROVIDERS, OURS, Provider(wrong))
+    assert bench_run() == 1
+
+
+def row(problem, provider, us, **fields):
+    timing = {"us": us, "low_us": us - 1, "high_us": us + 1, "calls": 9, "gb_per_s": problem.bytes / us / 1000}
+    return {
+        "problem": problem._asdict(),
+        "provider": provider,
+        "bytes": problem.bytes,
+        "status": "measured",
+        "note": "",
+        **timing,
+        **fields,
+    }
+
+
+LARGE = [Problem(problems.rows(n), n, direction) for n in (1024, 4096) for direction in ("forward", "backward")]
+
+
+def made_up(*rows) -> dict:
+    metadata = {"gpu": "none", "torch": "2", "triton": "3", "commit": "c", "date": "2026-01-01T00:00:00+00:00"}
+    return {"suite": "quick", "metadata": metadata, "absent": {"QuACK": "ImportError: none"}, "rows": list(rows)}
+
+
+def test_report():
+    rows = [row(problem, name, us) for problem in LARGE for name, us in ((CEILING, 90), (OURS, 100), ("Liger", 200), (EAGER, 800))]
+    rows += [row(Problem(1, 64), OURS, 40), row(Problem(1, 64), "Liger", 30), row(Problem(1, 64), EAGER, 90)]
+    rows += [row(Problem(2, 64), OURS, 40.5), row(Problem(2, 64), "Liger", 40)]
+    rows += [row(Problem(3, 64), OURS, 40), row(Problem(3, 64), "Liger", 1, status="unsupported", note="no")]
+    lines = plot.report([made_up(*rows)]).splitlines()
+    assert "| 131072 x 1024 forward bf16 | 100.0 | 5369 | 90.0% | Liger | 200.0 | 2.00x |" in lines
+    assert "| 3 x 64 forward bf16 | 40.0 | 0 |  |  |  |  |" in lines
+    mean = (2 * 2 * 0.75 * 40 / 40.5) ** 0.25
+    assert f"Geometric means, forward: 90.0% of the copy, 5.24x torch eager (3), {mean:.2f}x Liger (4), {mean:.2f}x the best peer." in lines
+    at = lines.index("Against the best peer: 4 wins, 2 losses.")
+    assert lines[at + 1 : at + 3] == [
+        "- 1 x 64 forward bf16: 0.75x (40.0 µs to 30.0 µs of Liger)",
+        "- 2 x 64 forward bf16: 0.99x (40.5 µs to 40.0 µs of Liger, within the spread)",
+    ]
+    assert lines[-2:] == ["- QuACK is absent: ImportError: none", "- Liger: unsupported: no (3 x 64 forward bf16)"]
+
+
+def test_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    assert plot.main([]) == 1 and "no results" in capsys.readouterr().out
+    rows = [row(problem, name, us) for problem in LARGE for name, us in ((CEILING, 90), (OURS, 100), ("Liger", 200))]
+    for stamp in ("20260101", "20260102"):
+        (tmp_path / f"run-quick-none-{stamp}.json").write_text(json.dumps(made_up(*rows)))
+    assert plot.main([]) == 0
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.name == "run-quick-none-20260102.png" and picture.stat().st_size > 20_000
+    assert str(picture) in capsys.readouterr().out
+
+
+def test_plot_of_what_is_there(tmp_path):
+    plot.draw([made_up(row(LARGE[0], OURS, 100))], tmp_path / "little.png")
+    plot.draw([made_up()], tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=str)
+def test_keys_are_those_of_the_launches(problem, monkeypatch, run_as):
+    """What is tuned is what is chosen by when the problem is computed."""
+    run_as(tuning.SM_90)
+    launch.forget()
+    chosen = []
+    monkeypatch.setattr(measured, "choose", lambda key, device: chosen.append(key) or measured.analytic(key, device))
+    harness.make_call(problem._replace(direction="forward+backward"), providers.ours(problem), draw(problem, CPU))()
+    launch.forget()
+    assert [key for key in chosen if key.direction in problem.direction] == tune.keys(problem)
+
+
+def test_tune(monkeypatch, tmp_path, run_as, clock, capsys):
+    run_as(tuning.SM_90)
+    monkeypatch.setattr(harness, "gpu", lambda: CPU)
+    monkeypatch.setattr(measured, "SHIPPED", tmp_path)
+    monkeypatch.setattr(autotune, "ELEMENTS", 1 << 10)
+    monkeypatch.setattr(autotune, "ROUNDS", 1)
+    monkeypatch.setattr(autotune, "neighbours", lambda config, *_: [replace(config, num_warps=2)])
+    suite = [problem for problem in SMALL if problem.variant != "gated"]
+    monkeypatch.setitem(problems.SUITES, "quick", suite)
+    wanted = {key for problem in suite for key in tune.keys(problem)}
+
+    assert tune.main(["--suite", "quick", "--minutes", "0"]) == 0
+    assert not clock and not list(tmp_path.iterdir())
+    assert tune.main(["--suite", "quick"]) == 0
+    (path,) = tmp_path.iterdir()
+    table = measured.read(path, tuning.SM_90)
+    assert path.name == "sm-90-16-ctas.json" and table.keys() == wanted and len(wanted) == 8
+    assert json.loads(path.read_text()).keys() >= {"gpu", "driver", "torch", "triton", "triton_rmsnorm", "date", "commit"}
+    assert "8 configurations, 8 of them new" in capsys.readouterr().out
+
+    clock.clear()
+    assert tune.main(["--suite", "quick"]) == 0
+    assert not clock and "8 configurations, 0 of them new" in capsys.readouterr().out
+    assert tune.main(["--suite", "quick", "--fresh"]) == 0
+    assert clock
+
+
+def test_window_time(monkeypatch):
+    now = itertools.count()
+    calls = []
+    monkeypatch.setattr(host, "WINDOWS", 8)
+    assert host.window_time(lambda: calls.append(1), clock=lambda: next(now) * 1e-4) == pytest.approx(50)  # 2 calls in 100 µs
+    assert len(calls) == 20 + 1 + 2 * 8
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="the stub of libcuda takes a C compiler")
+
+
+def run_compiled(code: str) -> str:
+    """Runs code in a process of its own, in which Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_compiler
+def test_host():
+    shown = run_compiled("from bench import host; host.WINDOWS = 3; host.main(['--profile'])")
+    lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in shown.splitlines() if line.startswith("│")}
+    assert lines.keys() >= {"ours: RMSNorm", "ours: rms_norm", "F.layer_norm, computed on the CPU", "a Function that does nothing"}
+    assert all(0 < float(figure) < 1e5 for line in lines.values() for figure in line)
+    assert "launch.py" in shown and "tottime" in shown
+
+
+@needs_compiler
+def test_launches_on_the_stub_are_counted():
+    """One launch forward, two backward; a compiled kernel is launched again, and another one for another alignment."""
+    shown = run_compiled(
+        """
+import torch
+from bench.stub_driver import stubbed
+from triton_rmsnorm import rms_norm
+with stubbed() as stub:
+    x, weight = torch.randn(8, 65)[:, :64], torch.randn(64, requires_grad=True)
+    def launches(x):
+        before = stub.launches
+        y = rms_norm(x, (64,), weight)
+        middle = stub.launches
+        torch.autograd.grad(y, weight, y)
+        return middle - before, stub.launches - middle
+    print(launches(x), launches(x), launches(torch.randn(8 * 65 + 1)[1:].view(8, 65)[:, :64]))
+"""
+    )
+    assert shown.split("\n")[0] == "(1, 2) (1, 2) (1, 2)"
+
+
+@needs_compiler
+def test_search_compiles_ahead_and_refuses_spills():
+    """The search itself, with kernels that are compiled: of two that a made-up clock finds faster, the one that spills is not taken."""
+    shown = run_compiled(
+        """
+import contextlib
+from dataclasses import replace
+from types import SimpleNamespace
+import torch
+from bench.stub_driver import DEVICE, stubbed
+from triton_rmsnorm import autotune, measured
+key, ticks, ahead = measured.Key("backward", 128, 2, 2, 2, 1), iter(range(100, 0, -10)), []
+base = measured.analytic(key, DEVICE)
+def time_cold(call, seconds):
+    call()
+    return [next(ticks)]
+def compiled(step, pointers, original=autotune._compiled):
+    kernel = original(step, pointers)
+    ahead.append(type(kernel).__name__)
+    return SimpleNamespace(n_spills=4 if step.options["num_warps"] == 2 else 0)
+autotune.ELEMENTS, autotune.ROUNDS, autotune.time_cold, autotune._compiled = 1 << 12, 1, time_cold, compiled
+autotune.neighbours = lambda config, *_: [replace(config, num_warps=warps) for warps in (4, 2)]
+autotune._agree = lambda output, expected: True  # nothing is computed here
+autotune._on = lambda device: contextlib.nullcontext(torch.device("cpu"))
+with stubbed():
+    found = autotune.search(key, DEVICE)
+print(found.config == replace(base, num_warps=4), found.us, found.analytic_us, sorted(set(ahead)))
+"""
+    )
+    assert shown == "True 70 80 ['CompiledKernel', 'FutureKernel']\n"
