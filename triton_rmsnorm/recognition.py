@@ -74,7 +74,7 @@ def recognize(module: nn.Module) -> Verdict | None:
 _VERDICTS: weakref.WeakKeyDictionary[type, dict[Hashable, Verdict]] = weakref.WeakKeyDictionary()
 
 
-def may_be_norm(cls: type) -> bool:
+def may_be_norm(cls: type[nn.Module]) -> bool:
     """Whether instances of a class may be RMS norms, as far as its code tells: forward's arguments, a name or a trace of an epsilon."""
     if not issubclass(cls, nn.Module) or (cls.__module__.startswith("torch.nn.") and not issubclass(cls, nn.RMSNorm)):
         return False
@@ -95,7 +95,7 @@ def _sounds_like_rms(cls: type) -> bool:
     return re.search("rms", cls.__name__, re.IGNORECASE) is not None
 
 
-def _inputs(cls: type) -> tuple[int, int] | None:
+def _inputs(cls: type[nn.Module]) -> tuple[int, int] | None:
     """How many tensors forward needs and at most takes, of two; None if it needs other arguments."""
     try:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
@@ -215,17 +215,19 @@ class _Proof:
         self.cls = type(module)
         self.generator = torch.Generator("cpu").manual_seed(0)
         self.calls = _Calls()
-        self.weight, tensor = next(iter(_tensors(module).items()), (None, None))
-        if tensor is not None and (self.weight in vars(module) or not tensor.is_floating_point()):
-            raise _NotProvedError(f"its {self.weight} is no floating-point parameter or buffer")
-        self.weight_shape = None if tensor is None else tuple(tensor.shape)
+        self.weight: str | None = None  # name of its only tensor, used or not
+        self.weight_shape: tuple[int, ...] | None = None
+        for name, tensor in _tensors(module).items():
+            if name in vars(module) or not tensor.is_floating_point():
+                raise _NotProvedError(f"its {name} is no floating-point parameter or buffer")
+            self.weight, self.weight_shape = name, tuple(tensor.shape)
         self.gated = False
         self.shape: tuple[int, ...] = ()  # what is normalized
         self.rows: tuple[int, ...] = ()  # outer dimensions that the original takes
 
     def norm(self) -> Norm:
-        required, accepted = _inputs(self.cls)
-        refusals = []
+        required, accepted = _inputs(self.cls) or (1, 1)
+        refusals: list[_NotProvedError] = []
         for self.gated in (True, False)[2 - accepted : 3 - required]:
             try:
                 self._find_shape()
@@ -236,7 +238,7 @@ class _Proof:
                         refusals.append(refused)
             except _NotProvedError as refused:
                 refusals.append(refused)
-        raise max(refusals, key=lambda refused: refused.resembles)
+        raise max(reversed(refusals), key=lambda refused: (refused.resembles, refused.ran))
 
     def _prove(self, eps: str | float) -> Norm:
         candidates = list(self._candidates())
@@ -290,7 +292,9 @@ class _Proof:
         probe = self._probe(1e-3 * self._randn(*self.rows, *self.shape))
         outputs = {name: self._run(replace(probe, changed={name: OTHER_EPS})) for name in names}
         before = self._run(probe)
-        acting = [name for name, after in outputs.items() if isinstance(after, Tensor) and not agree(after, before)]
+        if isinstance(before, Exception):
+            raise self._fails(before)
+        acting: list[str | float] = [n for n, after in outputs.items() if isinstance(after, Tensor) and not agree(after, before)]
         if acting:
             return acting
         for name in names:
@@ -375,15 +379,19 @@ class _Proof:
         return actual
 
     def _expected(self, semantics: Semantics, probe: _Probe, eps: str | float) -> Tensor:
-        value = probe.changed.get(eps, getattr(self.module, eps)) if isinstance(eps, str) else eps
         weight = probe.weight if semantics.scaled else None
-        return evaluate(semantics, probe.x, weight, value, len(self.shape), probe.gate)
+        return evaluate(semantics, probe.x, weight, self._value(probe, eps), len(self.shape), probe.gate)
+
+    def _value(self, probe: _Probe, eps: str | float) -> float | None:
+        return probe.changed.get(eps, getattr(self.module, eps)) if isinstance(eps, str) else eps
 
     def _prove_gradients(self, semantics: Semantics, eps: str | float) -> None:
         """Of a random function of y, by autograd: so that nothing is detached that the formula differentiates."""
         probe = self._probe(self._randn(*self.rows, *self.shape))
         inputs = [t.requires_grad_() for t in (probe.x, probe.gate, probe.weight if semantics.scaled else None) if t is not None]
         actual, expected = self._run(probe), self._expected(semantics, probe, eps)
+        if isinstance(actual, Exception):
+            raise self._fails(actual)
         dy = self._randn(*expected.shape)
         wanted = torch.autograd.grad(expected, inputs, dy)
         found = torch.autograd.grad(actual, inputs, dy, allow_unused=True) if actual.requires_grad else [None] * len(inputs)
@@ -391,7 +399,7 @@ class _Proof:
             if one is None or not (one - other).abs().max() <= GRADIENT_TOLERANCE * other.abs().max():
                 raise _NotProvedError(f"it computes {semantics}, but its gradient is another", resembles=True)
 
-    def _fails(self, error: Exception) -> _NotProvedError:
+    def _fails(self, error: Exception | None) -> _NotProvedError:
         message = str(error).split("\n")[0]
         reason = f"its forward fails on a copy on the CPU: {type(error).__name__}: {message}"
         return _NotProvedError(reason, resembles=_sounds_like_rms(self.cls), ran=False)
@@ -401,8 +409,7 @@ class _Proof:
         if not probe.in_float32:
             dtypes = f"{probe.x.dtype} input" + (f" and {probe.weight.dtype} weight" if probe.weight is not None else "")
             return _NotProvedError(f"in float32 it computes {candidates[0]}, but for {dtypes} it rounds in no known order", resembles=True)
-        x, value = probe.x, getattr(self.module, eps) if isinstance(eps, str) else eps
-        value = probe.changed.get(eps, value) or 0.0
+        x, value = probe.x, self._value(probe, eps) or 0.0
         over = tuple(range(-len(self.shape), 0))
         rms = x.square().mean(over, keepdim=True)
         centered = x - x.mean(over, keepdim=True)
@@ -428,7 +435,8 @@ def _copy(module: nn.Module, tensor: Tensor | None, training: bool) -> nn.Module
     for name, value in _attributes(module).items():
         vars(copied)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
     copied.training = training
-    for own, others in ((copied._parameters, module._parameters), (copied._buffers, module._buffers)):
+    named: list[tuple[dict, dict]] = [(copied._parameters, module._parameters), (copied._buffers, module._buffers)]
+    for own, others in named:
         own.update({name: None if other is None else tensor for name, other in others.items()})
     copied._modules.update({name: None if child is None else _copy(child, None, training) for name, child in module._modules.items()})
     return copied
