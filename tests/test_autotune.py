@@ -192,6 +192,36 @@ def test_what_was_found_is_launched(clock, launches):
     assert [main.options["num_warps"] for main in mains] == [2, 2]
 
 
+def test_timing_is_cold_and_without_the_host(monkeypatch):
+    """What the GPU is given to do, in order: its functions are replaced by notes."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, end):
+            return 0.25  # ms
+
+    class Flush:
+        def sum(self):
+            done.append("flush")
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep") if cycles == 3e9 else None)
+    monkeypatch.setattr(torch, "ones", lambda elements, device: Flush() if elements * 4 >= 4 * 60e6 and device == "cuda" else None)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(clock))
+    times = autotune.time_cold(lambda: done.append("call"), 3, before=lambda: done.append("before"))
+    once = ["before", "flush", "sleep", "event", "call", "event"]
+    assert done == ["call", *["synchronize", "call"] * 3, *[*once * 5, "synchronize"] * 3]
+    assert times == [250.0] * 15
+
+
 def test_interpreter_is_not_tuned(monkeypatch):
     monkeypatch.setenv("TRITON_RMSNORM_AUTOTUNE", "1")
     assert measured.choose(KEYS[0], tuning.INTERPRETER) == measured.analytic(KEYS[0], tuning.INTERPRETER)

@@ -198,6 +198,22 @@ def vandal(problem):
     return lambda *tensors: Overwriting.apply(norm(*tensors))
 
 
+def test_arriving_gradients_are_restored(monkeypatch):
+    problem = Problem(32, 48, "backward")
+    data, results = draw(problem, CPU), []
+
+    def time_cold(call, seconds, before):
+        for _ in range(3):
+            before()
+            results.append(call())
+        return [1.0] * 3
+
+    monkeypatch.setattr(autotune, "time_cold", time_cold)
+    expected = harness.expect(problem, data)
+    harness.measure(problem, vandal(problem), data, expected, 1)
+    assert [harness.wrong(result, expected) for result in results] == [""] * 3
+
+
 def unsupported(problem):
     raise UnsupportedError("is not made for that")
 
