@@ -92,13 +92,12 @@ def test_small_n_takes_tiles_of_several_rows(device):
 
 
 def test_long_rows_take_clusters():
-    """Where there are clusters, no row of up to 65536 half-precision columns is read twice; where there are none, long rows are walked."""
-    for n in range(16384, 65537, 1024):
-        for choose in (tuning.forward_config, tuning.backward_config):
+    """Where there are clusters, no row of up to 131072 half-precision columns is read twice; where there are none, long rows are walked."""
+    for n in range(16384, 131073, 1024):
+        for choose, limit in ((tuning.forward_config, 32768), (tuning.backward_config, 16384)):
             for device in (tuning.SM_90, tuning.SM_100):
                 assert choose(n, 2, 2, device).block_n >= n
-            if n > 16384:
-                assert choose(n, 2, 2, tuning.SM_80).block_n < n
+            assert (choose(n, 2, 2, tuning.SM_80).block_n < n) == (n > limit)
     assert tuning.forward_config(32768, 2, 2, tuning.SM_90).num_ctas > 1
     assert tuning.backward_config(16384, 2, 2, tuning.SM_90).num_ctas > 1
 

@@ -182,7 +182,7 @@ def _rms_norm_fwd_kernel(
             sum_of_squares = tl.sum(u * u, axis=1)
         else:
             squares = tl.zeros([BLOCK_M, BLOCK_N], STEPS.acc)
-            for start in tl.range(0, N, BLOCK_N):
+            for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
                 block = start + cols
                 u = _norm_input(x_row, residual_row, gate_row, block, in_rows & (block < N)[None, :], STEPS)
                 squares += u * u
@@ -197,7 +197,7 @@ def _rms_norm_fwd_kernel(
                 _store(RESIDUAL_OUT + out_row, cols, u, mask)
             _store(y_row, cols, _norm_output(u, rstd[:, None], w, gate_row, cols, mask, STEPS), mask)
         else:
-            for start in tl.range(0, N, BLOCK_N):
+            for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
                 block = start + cols
                 mask = in_rows & (block < N)[None, :]
                 u = _norm_input(x_row, residual_row, gate_row, block, mask, STEPS)

@@ -88,12 +88,14 @@ def backward(
 class Launch:
     """A kernel with everything but its pointers: called with them, it runs on the current stream of their device."""
 
-    def __init__(self, kernel, grid: tuple[int, int, int], config: tuning.Config, **values):
+    def __init__(self, kernel, grid: tuple[int, int, int], config: tuning.Config, device: tuning.Device, **values):
         self.kernel = kernel
         self.grid = grid
         self.values = values  # by the names of the kernel's parameters
         self.arguments = tuple(values[name] for name in kernel.arg_names if name in values)  # all that follow the pointers
         self.options = {"num_warps": config.num_warps, "num_ctas": config.num_ctas, "enable_fp_fusion": True}
+        if device.backend == "cuda":
+            self.options["maxnreg"] = config.max_registers
         self._compiled: dict[tuple[bool, ...], Callable] = {}
 
     def __call__(self, *pointers: Tensor | None) -> None:
@@ -227,7 +229,7 @@ def forward_launch(
     if residual:
         values["STEPS"] = replace(values["STEPS"], residual_dtype=_TL_DTYPES[residual.dtype])
     grid = (_programs(values["M"], config, spec.groups), spec.groups, 1)
-    return Launch(kernels._rms_norm_fwd_kernel, grid, config, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
+    return Launch(kernels._rms_norm_fwd_kernel, grid, config, device, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
 
 
 @lru_cache(maxsize=4096)
@@ -250,16 +252,16 @@ def backward_launches(
     values = _values(spec, config, rows, weight)
     blocks = triton.cdiv(spec.columns, config.block_n)
     programs = _programs(values["M"], config, spec.groups * blocks)
-    main = Launch(kernels._rms_norm_bwd_kernel, (programs, spec.groups, blocks), config, NUM_STAGES=config.num_stages, **values)
+    main = Launch(kernels._rms_norm_bwd_kernel, (programs, spec.groups, blocks), config, device, NUM_STAGES=config.num_stages, **values)
     c1 = sum_partials = None
     if blocks > 1 and needs != (False, False, False, True):
-        c1 = Launch(kernels._rms_norm_bwd_c1_kernel, (triton.cdiv(values["M"], config.block_m), spec.groups, 1), config, **values)
+        c1 = Launch(kernels._rms_norm_bwd_c1_kernel, (triton.cdiv(values["M"], config.block_m), spec.groups, 1), config, device, **values)
     if needs.dw:
         columns = spec.groups * spec.columns
         config = tuning.reduction_config(columns, device)
         sizes = {"COLS": columns, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         grid = (triton.cdiv(columns, config.block_n), 1, 1)
-        sum_partials = Launch(kernels._sum_partials_kernel, grid, config, programs=programs, **sizes)
+        sum_partials = Launch(kernels._sum_partials_kernel, grid, config, device, programs=programs, **sizes)
     return BackwardLaunches(c1, main, sum_partials)
 
 

@@ -40,18 +40,37 @@ class Config:
     num_stages: int
     programs: int
 
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread that one program may use (NVIDIA). Left to itself the assembler may spill to make room for more programs."""
+        return min(255, 65536 // (32 * self.num_warps))
 
-# Elements of a row that one thread block holds without spilling, at 16 warps (compiled: 98 registers forward at 16384, 127 backward at
-# 8192, where dw is held beside x, dy and w). Longer rows take clusters.
+
+# Elements of a tile a thread. With 16 the code has a quarter more instructions an element than with 32, since addresses, barriers and
+# reductions cost the same a tile, and the backward sits on the limit of 128 registers (compiled). Where an element takes more registers,
+# which are fp64 and the gradient of a gate, 32 would spill; on AMD there would be one wavefront a scheduler.
+ELEMENTS_PER_THREAD = 32
+FEWER_ELEMENTS_PER_THREAD = 16
+# Elements of a row that one thread block holds without spilling (compiled): forward 16384 at 16 warps (96 to 127 registers), backward
+# 8192 at 8 warps (170 to 247: x, dy, w and the accumulated dw). Half of it in fp64 and with a gate. Longer rows take clusters.
 FORWARD_ELEMENTS_PER_CTA = 16384
 BACKWARD_ELEMENTS_PER_CTA = 8192
-# Without clusters a backward of up to 16384 columns still reads its row once, at the price of about 64 spilled bytes a thread (compiled).
-BACKWARD_ELEMENTS_WITHOUT_CLUSTER = 16384
+# Where there are no clusters, twice as many: 50 to 110 spilled bytes a thread, mostly loop invariants that are loaded again from L1, cost
+# less than reading rows a second time (compiled).
+SPILLING_FACTOR = 2
 # Columns a step where a row is walked in blocks.
 BLOCKED_ELEMENTS = 8192
-# Bytes that an SM keeps on their way: bandwidth times latency is about 26 KB (4.3 TB/s x 800 ns / 132 SMs); twice that, because the tile
-# whose rows are being reduced is no longer on its way.
-BYTES_IN_FLIGHT = 48 * 1024
+# Bytes of rows that an SM has on their way. At 4.3 TB/s over 132 SMs a forward reads 16 bytes a ns and a backward 22; a tile's place is
+# taken for the latency of its loads, about 900 ns, and while it is worked on, about 600 ns: 24 to 33 KB. Twice that, for bursts and for
+# GPUs with more bandwidth an SM.
+BYTES_IN_FLIGHT = 64 * 1024
+# Two tiles on their way at the least: with one, nothing is on its way while a tile is worked on (the next load follows the last store).
+MIN_TILES_IN_FLIGHT = 2
+MAX_TILES_IN_FLIGHT = 6
+SCRATCH_BYTES = 4096  # of shared memory, for reductions across warps and the reserve of each thread block
+# Clusters of more than two thread blocks must fit a GPC, some of which lack SMs: a cluster that finds no place waits for another to end
+# its whole share of the rows. So an eighth of the SMs stays idle, which the bandwidth does not need (not measured).
+CLUSTER_SMS = 7 / 8
 # What persistent programs read and write besides rows (the weight, the partial dw) may be so much of the rows' bytes at 8192 rows.
 FORWARD_OVERHEAD = 0.02
 BACKWARD_OVERHEAD = 0.05
@@ -68,17 +87,18 @@ def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device, 
 
     `loads` and `stores` count the tensors of rows: 1 and 1, with a residual 2 and 2, with a gate 2 and 1.
     """
-    overhead_bytes = weight_itemsize
-    budget = _program_budget(FORWARD_OVERHEAD, (loads + stores) * itemsize, overhead_bytes)
-    # Two programs an SM overlap one's reduction with the other's loads; where the weight allows only one, it gets the tile of both.
-    per_sm = 2 if n <= 8192 and budget >= 2 * device.num_sms else 1
+    budget = _program_budget(FORWARD_OVERHEAD, (loads + stores) * itemsize, weight_itemsize)
+    # Two programs an SM overlap one's reduction with the other's loads; where the weight allows only one, it gets the tile of both. With
+    # a gate or in fp64 a program that holds 8192 columns leaves no registers for a second one (compiled).
+    doubled = max(itemsize, weight_itemsize) == 8
+    per_sm = 2 if n <= (4096 if doubled or loads > stores else 8192) and budget >= 2 * device.num_sms else 1
     return _config(
         n,
-        itemsize,
+        loads * itemsize,
+        reloaded=weight_itemsize,
         tile=8192 // per_sm,
         capacity=FORWARD_ELEMENTS_PER_CTA,
-        loads=loads,
-        extra=loads - 1,
+        many_registers=doubled,
         programs_per_sm=per_sm,
         budget=budget,
         device=device,
@@ -91,11 +111,11 @@ def backward_config(n: int, itemsize: int, weight_itemsize: int, device: Device,
     overhead_bytes = weight_itemsize + 2 * max(4, weight_itemsize)  # w is read, a partial dw written and read again
     return _config(
         n,
-        itemsize,
+        loads * itemsize,
+        reloaded=0,
         tile=8192,
-        capacity=BACKWARD_ELEMENTS_PER_CTA if device.max_ctas > 1 else BACKWARD_ELEMENTS_WITHOUT_CLUSTER,
-        loads=loads,
-        extra=loads - 2,
+        capacity=BACKWARD_ELEMENTS_PER_CTA,
+        many_registers=max(itemsize, weight_itemsize) == 8 or stores > 1,
         programs_per_sm=1,  # the dw of one program fills its registers, and partial dw is traffic
         budget=_program_budget(BACKWARD_OVERHEAD, (loads + stores) * itemsize, overhead_bytes),
         device=device,
@@ -106,7 +126,8 @@ def reduction_config(n: int, device: Device) -> Config:
     """Configuration of the sum of partial dw over `n` columns: narrow blocks of 128 bytes a row, so that many programs share the work."""
     if device.backend == "interpreter":
         return Config(1024, min(1024, next_power_of_2(n)), 1, 1, 1, 1 << 16)
-    return Config(64, 32, 4, 1, 1, 1 << 16)
+    # All partials at once where there are few programs to hide the latency of a second round.
+    return Config(256, 32, 8, 1, 1, 1 << 16) if n <= 8192 else Config(64, 32, 4, 1, 1, 1 << 16)
 
 
 def _program_budget(overhead: float, row_bytes: int, program_bytes: int) -> int:
@@ -114,29 +135,30 @@ def _program_budget(overhead: float, row_bytes: int, program_bytes: int) -> int:
     return int(overhead * OVERHEAD_ROWS * row_bytes / program_bytes) if program_bytes else 1 << 16
 
 
-def _config(n, itemsize, *, loads, extra, tile, capacity, programs_per_sm, budget, device) -> Config:
+def _config(n, loaded, *, reloaded, tile, capacity, many_registers, programs_per_sm, budget, device) -> Config:
+    """`loaded` bytes are read for each column of a row, and `reloaded` bytes more where it is walked in blocks."""
     block_n = next_power_of_2(n)
     if device.backend == "interpreter":
         block_n = block_n if block_n <= capacity else BLOCKED_ELEMENTS
         return Config(max(1, (1 << 16) // block_n), block_n, 1, 1, 1, device.num_sms)
 
-    if itemsize == 8 or extra:  # more registers an element
+    if many_registers:
         tile, capacity = tile // 2, capacity // 2
+    if device.max_ctas == 1:
+        capacity *= SPILLING_FACTOR
     num_ctas = max(1, block_n // capacity)
-    blocked = num_ctas > device.max_ctas
-    if blocked:
-        num_ctas, block_n = 1, min(BLOCKED_ELEMENTS, capacity)
+    if num_ctas > device.max_ctas:
+        num_ctas, block_n, loaded = 1, min(BLOCKED_ELEMENTS, capacity), loaded + reloaded
 
     block_m = max(1, tile // block_n) if num_ctas == 1 else 1  # taller tiles in a cluster cost a barrier a row
     elements = block_m * block_n // num_ctas  # that one thread block holds
-    num_warps = min(16, max(4, elements // 512))  # 16 elements a thread
-    programs = max(1, min(device.num_sms * programs_per_sm // num_ctas, budget))
+    per_thread = ELEMENTS_PER_THREAD if device.backend == "cuda" and not many_registers else FEWER_ELEMENTS_PER_THREAD
+    threads = min(512, max(128, elements // per_thread))
+    sms = int(device.num_sms * CLUSTER_SMS) if num_ctas > 2 else device.num_sms
+    programs = max(1, min(sms * programs_per_sm // num_ctas, budget))
     num_stages = 1
-    if device.backend == "cuda" and not blocked:
-        tile_bytes = elements * loads * itemsize
-        wanted = -(-BYTES_IN_FLIGHT // (tile_bytes * programs_per_sm))
-        fitting = device.shared_memory // programs_per_sm // tile_bytes
-        num_stages = 1 + min(wanted, 6, max(fitting - 1, min(fitting, 1)))  # one more than the tiles that are on their way
-    if device.backend == "hip":
-        num_warps = max(1, num_warps // 2)  # 64 threads a wavefront
-    return Config(block_m, block_n, num_warps, num_ctas, num_stages, programs)
+    if device.backend == "cuda":  # one more than the tiles that are on their way
+        tile_bytes = elements * loaded
+        wanted = max(MIN_TILES_IN_FLIGHT, -(-BYTES_IN_FLIGHT // (tile_bytes * programs_per_sm)))
+        num_stages += min(wanted, MAX_TILES_IN_FLIGHT, (device.shared_memory // programs_per_sm - SCRATCH_BYTES) // tile_bytes)
+    return Config(block_m, block_n, threads // (64 if device.backend == "hip" else 32), num_ctas, num_stages, programs)
