@@ -265,21 +265,26 @@ class TransformableBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         dy, dresidual_out, x, weight, gate, _, *ctx.rest = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, dresidual_out, x, weight, gate)
 
     @staticmethod
     def backward(ctx, *cotangents):
         tensors = ctx.saved_tensors
         present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+        used = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        if not used:
+            return (None,) * 9
 
         def composed(*arguments):
             filled = list(tensors)
             for i, argument in zip(present, arguments, strict=True):
                 filled[i] = argument
-            return _composed_backward(*filled, *ctx.rest)
+            outputs = _composed_backward(*filled, *ctx.rest)
+            return tuple(outputs[i] for i in used)
 
         _, pullback = torch.func.vjp(composed, *(tensors[i] for i in present))
-        gradients = dict(zip(present, pullback(cotangents), strict=True))
+        gradients = dict(zip(present, pullback(tuple(cotangents[i] for i in used)), strict=True))
         return *(gradients.get(i) for i in range(len(tensors))), None, None, None, None
 
     @staticmethod
