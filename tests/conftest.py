@@ -22,6 +22,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def walked_in_blocks(config) -> int:
+    """The first N of which the interpreter's kernel walks a row in blocks."""
+    return next(2**k + 1 for k in range(20) if config(2**k + 1, 4, 4, tuning.INTERPRETER).block_n <= 2**k)
+
+
+BLOCKED = {walked_in_blocks(tuning.forward_config), walked_in_blocks(tuning.backward_config)}
+
+
 def pytest_addoption(parser):
     parser.addoption("--compile-all", action="store_true", help="compile every configuration with every pair of dtypes: minutes a device")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Results, assert_within_budget, draw, exact, exact_given, longdouble, results_of, torchs
+from conftest import BLOCKED, Results, assert_within_budget, draw, exact, exact_given, longdouble, results_of, torchs
 from torch.nn import functional as F
 
 from triton_rmsnorm import launch, reference, rms_norm, tuning
@@ -14,12 +14,6 @@ from triton_rmsnorm.reference import Spec, accumulation_dtype
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def walked_in_blocks(config) -> int:
-    """The first N of which the interpreter's kernel walks a row in blocks."""
-    return next(2**k + 1 for k in range(20) if config(2**k + 1, 4, 4, tuning.INTERPRETER).block_n <= 2**k)
-
-
-BLOCKED = {walked_in_blocks(tuning.forward_config), walked_in_blocks(tuning.backward_config)}
 COLUMNS = [1, 2, 127, 128, 768, 1000, 1023, 4096, *sorted({n - 1 for n in BLOCKED} | BLOCKED)]
 
 
@@ -186,7 +180,7 @@ DEVICES = {
 }
 
 
-@pytest.mark.parametrize(("m", "n"), [(199, 127), (150, 1000), (140, 4096)])  # the last: more partial dw than one tile of their sum
+@pytest.mark.parametrize(("m", "n"), [(199, 127), (150, 1000), (40, 4096)])
 @pytest.mark.parametrize("stand_in", DEVICES.values(), ids=DEVICES)
 def test_configurations_of_devices(stand_in, m, n, device, run_as):
     run_as(stand_in)
@@ -195,9 +189,19 @@ def test_configurations_of_devices(stand_in, m, n, device, run_as):
 
 @pytest.mark.parametrize("stand_in", [tuning.SM_80, tuning.GFX942], ids=lambda stand_in: stand_in.name)
 def test_blocks_of_devices(stand_in, device, run_as):
-    """A row walked in blocks, dw spread over grid axis 2."""
+    """A row walked in blocks both ways, dw spread over grid axis 2."""
     run_as(stand_in)
-    check(draw((5, 16385), torch.float32, device), draw((16385,), torch.float32, device), (16385,))
+    n = 33000
+    assert max(choose(n, 4, 4, stand_in).block_n for choose in (tuning.forward_config, tuning.backward_config)) < n
+    check(draw((3, n), torch.float32, device), draw((n,), torch.float32, device), (n,))
+
+
+def test_many_partial_dw(device, run_as):
+    """More of them than one tile of the kernel that sums them."""
+    run_as(tuning.SM_80)
+    m, n = 70, 8200
+    assert tuning.reduction_config(n, tuning.SM_80).block_m < m <= tuning.backward_config(n, 4, 4, tuning.SM_80).programs
+    check(draw((m, n), torch.float32, device), draw((n,), torch.float32, device), (n,))
 
 
 @pytest.mark.parametrize("stand_in", DEVICES.values(), ids=DEVICES)
