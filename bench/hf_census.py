@@ -46,7 +46,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-from bench.tiny_models import model_types, tiny_batch, tiny_model
+from bench.tiny_models import model_types, tiny_batch, tiny_config, tiny_model
 from triton_rmsnorm import patch, patched, unpatch
 from triton_rmsnorm.recognition import agree, may_be_norm, recognize
 from triton_rmsnorm.replacement import is_replacement
@@ -70,7 +70,7 @@ def census(model_type: str) -> dict:
         after = model.state_dict()
         unpatch(model)
         if list(before) != list(after) or not all(_same_bits(before[name], after[name]) for name in before):
-            raise AssertionError("the state_dict has changed")
+            raise DiffersError("the state_dict has changed")
         if not report.replaced:
             result["stage"] = "no norms"
             return result
@@ -93,11 +93,11 @@ def compare(model: nn.Module, batch: dict, dtype: torch.dtype) -> tuple[float, s
     except _TooLongError:
         raise
     except Exception as error:
-        raise AssertionError(f"patched, it raises {_message(error)}") from error
+        raise DiffersError(f"patched, it raises {_message(error)}") from error
     if others:
-        raise AssertionError(f"another output of {', '.join(others)}")
+        raise DiffersError(f"another output of {', '.join(others)}")
     if ours.keys() != original.keys():
-        raise AssertionError(f"outputs or gradients came or went: {sorted(ours.keys() ^ original.keys())}")
+        raise DiffersError(f"outputs or gradients came or went: {sorted(ours.keys() ^ original.keys())}")
     try:
         truth, in_fp64 = _run(copy.deepcopy(model).double(), batch, torch.float64), True
     except (RuntimeError, TypeError, ValueError):
@@ -193,13 +193,13 @@ def classes_of(package: str) -> dict:
             module = importlib.import_module(f"{package}.{file.name}")
             for cls in vars(module).values():
                 if isinstance(cls, type) and cls.__module__ == module.__name__ and may_be_norm(cls):
-                    result["classes"] += [_class_outcome(cls, arguments) for arguments in _variants(cls)]
+                    result["classes"] += [_class_outcome(cls, arguments) for arguments in _variants(cls, package)]
         result["stage"] = "compared"
     return result
 
 
-def _variants(cls: type) -> list[dict]:
-    """Arguments of the constructor: 64 columns, every combination of switches, with and without groups."""
+def _variants(cls: type, package: str) -> list[dict]:
+    """Arguments of the constructor: 64 columns, every combination of switches, with and without groups, a shrunk configuration."""
     choices: dict[str, tuple] = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
         required = parameter.default is parameter.empty
@@ -207,6 +207,8 @@ def _variants(cls: type) -> list[dict]:
             continue
         if type(parameter.default) is bool:
             choices[name] = (True, False)
+        elif name == "config":
+            choices[name] = (tiny_config(package.rpartition(".")[2]),)
         elif "group_size" in name:
             choices[name] = (16, 64) if required else (None, 16)
         elif "n_groups" in name:
@@ -217,7 +219,8 @@ def _variants(cls: type) -> list[dict]:
 
 
 def _class_outcome(cls: type, arguments: dict) -> dict:
-    outcome = {"class": f"{cls.__module__.rpartition('.modeling_')[2]}.{cls.__name__}", "arguments": arguments}
+    plain = {name: value for name, value in arguments.items() if name != "config"}
+    outcome = {"class": f"{cls.__module__.rpartition('.modeling_')[2]}.{cls.__name__}", "arguments": plain}
     try:
         module = cls(**arguments)
     except Exception as error:
@@ -243,7 +246,8 @@ def _compare_alone(module: nn.Module) -> str:
             torch.nn.init.normal_(parameter)
         ours = copy.deepcopy(original)
         patch(ours)
-        x, gate = torch.randn(2, 8, 3, 64).to(DEVICE, dtype).transpose(1, 2)  # [3, 8, 64], strided
+        columns = getattr(original, norm.weight).numel() if norm.weight else 64
+        x, gate = torch.randn(2, 8, 3, columns).to(DEVICE, dtype).transpose(1, 2)  # [3, 8, columns], strided
         inputs = [x, gate][: 1 + gated]
         y = [one(*inputs) for one in (original, ours)]
         if not agree(*y):
@@ -281,6 +285,10 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def _message(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)}"[:160]
+
+
+class DiffersError(Exception):
+    """A patched model is not what it was."""
 
 
 class _TooLongError(Exception):
@@ -347,7 +355,7 @@ def differences(results: dict[str, list[dict]]) -> list[str]:
     """Everything that is wrong."""
     found = []
     for model in results["models"]:
-        if "error" in model and model["error"].startswith("AssertionError"):
+        if "error" in model and model["error"].startswith(DiffersError.__name__):
             found.append(f"{model['type']}: {model['error']}")
         for dtype in ("torch.float32", "torch.bfloat16"):
             parts, name, _ = model.get(dtype, (0.0, "", True))

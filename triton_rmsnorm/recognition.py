@@ -92,7 +92,7 @@ def _suggests_norm(module: nn.Module) -> bool:
 
 
 def _sounds_like_rms(cls: type) -> bool:
-    return re.search("rms", cls.__name__, re.IGNORECASE) is not None
+    return re.search("RMS|Rms|^rms|_rms", cls.__name__) is not None  # not LayerNormSomething
 
 
 def _inputs(cls: type[nn.Module]) -> tuple[int, int] | None:
