@@ -19,8 +19,9 @@ from difflib import get_close_matches
 import torch
 from torch import nn
 
+from triton_rmsnorm.fusion import Fusion, fused, fusible
 from triton_rmsnorm.recognition import isolated, may_be_norm, recognize
-from triton_rmsnorm.replacement import is_replacement, replacement
+from triton_rmsnorm.replacement import is_derived, is_replacement, replacement
 from triton_rmsnorm.semantics import Norm
 
 Target = nn.Module | type[nn.Module] | str
@@ -33,7 +34,9 @@ class Row:
     cls: type  # the original's
     semantics: str  # what they compute; empty if that is not known
     count: int
-    status: str  # "replaced", "replaced before", "left alone", or of a class "to come": instances will be replaced when they are built
+    # "replaced", "replaced before", "left alone"; of a class "to come": instances will be replaced when they are built; of layers whose
+    # residual add is taken into a norm "fused", "fused before"
+    status: str
     reason: str = ""  # why they were left alone
     resembles: bool = False  # they are RMS norms, or look like such
     names: tuple[str, ...] = ()  # of the modules in the model
@@ -50,10 +53,15 @@ class Report:
         """Modules replaced by this call."""
         return sum(row.count for row in self.rows if row.status == "replaced")
 
+    @property
+    def fused(self) -> int:
+        """Layers whose residual add this call took into a norm."""
+        return sum(row.count for row in self.rows if row.status == "fused")
+
     def __str__(self) -> str:
         if not self.rows:
             return "no RMS norm found"
-        lines = [("class", "semantics", "count", "outcome")]
+        lines: list[tuple[str, ...]] = [("class", "semantics", "count", "outcome")]
         for row in self.rows:
             outcome = f"{row.status}: {row.reason}" if row.reason else row.status
             lines.append((row.cls.__name__, row.semantics or "-", str(row.count), outcome))
@@ -62,7 +70,7 @@ class Report:
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def patch(target: Target, *, strict: bool = False) -> Report:
+def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Report:
     """Replaces, in place, every RMS norm of `target` that is proved to compute what one of our functions computes.
 
     Each norm's forward is run on the CPU, on a copy with random weights, and compared with `rms_norm` under all its options; no list of
@@ -74,39 +82,42 @@ def patch(target: Target, *, strict: bool = False) -> Report:
             soon as they are built, before they are loaded, dispatched or parallelized; or a model type of transformers, such as "llama":
             every class of norms in its modeling files.
         strict: if anything that looks like an RMS norm cannot be replaced, replace nothing and raise.
+        fuse_residual: also compute `residual + hidden` together with the replaced norm that directly follows it in the forward of a layer
+            of the model, by `add_rms_norm`. A layer's source is rewritten for that, and tried on random input beside the original.
 
     Returns:
         A report with a row for each class and outcome. It prints as a table.
 
     Raises:
-        TypeError: target is none of these.
+        TypeError: target is none of these, or fuse_residual and it is no model.
         ValueError: transformers does not know the model type.
         ImportError: target is a model type and transformers is not installed.
         RuntimeError: strict, and something cannot be replaced; the message contains the report.
     """
-    return _patch(target, strict)[0]
+    return _patch(target, strict, fuse_residual)[0]
 
 
 def unpatch(target: Target) -> None:
-    """Undoes `patch`: gives every replaced norm of `target` its own class again. Tensors stay what they are by now.
+    """Undoes `patch`: gives every replaced norm and fused layer of `target` its own class again. Tensors stay what they are by now.
 
-    A class, or a model type, is undone for all instances, also those of models that were patched as such.
+    A class, or a model type, is undone for all instances, also those of models that were patched as such. Fused layers whose norms are
+    undone alone add and normalize one after another again.
 
     Raises:
         TypeError, ValueError, ImportError: as `patch`.
-        RuntimeError: a replaced norm has been given yet another class since, as fully_shard does; that has to be undone first.
+        RuntimeError: a replaced norm or layer has been given yet another class since, as fully_shard does; that has to be undone first.
     """
     classes = _classes(target)
     for cls in classes:
         _restore_constructor(cls)
-    replacements = {subclass for cls in classes for subclass in cls.__subclasses__() if is_replacement(subclass)}
+    replacements = {subclass for cls in classes for subclass in cls.__subclasses__() if is_derived(subclass)}
     _restore(target.modules() if isinstance(target, nn.Module) else (module for _, module in _instances(replacements)))
 
 
 @contextmanager
-def patched(target: Target, *, strict: bool = False) -> Iterator[Report]:
+def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Iterator[Report]:
     """`patch` for the length of a with statement. What it replaced is restored at the end, also after an exception; nothing else is."""
-    report, modules, constructors = _patch(target, strict)
+    report, modules, constructors = _patch(target, strict, fuse_residual)
     try:
         yield report
     finally:
@@ -115,17 +126,15 @@ def patched(target: Target, *, strict: bool = False) -> Iterator[Report]:
         _restore(modules)
 
 
-def _patch(target: Target, strict: bool) -> tuple[Report, list[nn.Module], list[type]]:
+def _patch(target: Target, strict: bool, fuse_residual: bool) -> tuple[Report, list[nn.Module], list[type]]:
     """The report, the modules that were replaced, and the classes whose constructors were."""
     classes = _classes(target)
     model = isinstance(target, nn.Module)
+    if fuse_residual and not model:
+        raise TypeError(f"target must be a torch.nn.Module for fuse_residual, got {target!r}")
     outcomes = [(name, module, *_outcome(module)) for name, module in (target.named_modules() if model else _instances(set(classes)))]
     replacing = [(module, norm) for _, module, row, norm in outcomes if row is not None and row.status == "replaced"]
-    names: dict[Row, list[str]] = {}
-    for name, _, row, _ in outcomes:
-        if row is not None:
-            names.setdefault(row, []).append(name)
-    rows = [replace(row, count=len(found), names=tuple(found) if model else ()) for row, found in names.items()]
+    rows = _counted([(name if model else None, row) for name, _, row, _ in outcomes if row is not None])
     replaced_classes = {type(module) for module, _ in replacing}
     rows += [_outcome_of_class(cls, cls in replaced_classes) for cls in classes]
     report = Report(tuple(rows))
@@ -134,7 +143,23 @@ def _patch(target: Target, strict: bool) -> tuple[Report, list[nn.Module], list[
     for module, norm in replacing:
         module.__class__ = replacement(type(module), norm)
     constructors = [row.cls for row in rows if row.status == "to come" and _replace_constructor(row.cls)]
-    return report, [module for module, _ in replacing], constructors
+    modules = [module for module, _ in replacing]
+    if fuse_residual:
+        layers = [(name, module, *_outcome_of_layer(module)) for name, module in target.named_modules()]
+        report = Report((*rows, *_counted([(name, row) for name, _, row, _ in layers if row is not None])))
+        for _, module, _, fusion in layers:
+            if fusion is not None:
+                module.__class__ = fused(type(module), fusion)
+                modules.append(module)
+    return report, modules, constructors
+
+
+def _counted(found: list[tuple[str | None, Row]]) -> list[Row]:
+    """One row for all that are equal, with their number and names."""
+    names: dict[Row, list[str | None]] = {}
+    for name, row in found:
+        names.setdefault(row, []).append(name)
+    return [replace(row, count=len(same), names=tuple(n for n in same if n is not None)) for row, same in names.items()]
 
 
 def _outcome(module: nn.Module) -> tuple[Row | None, Norm | None]:
@@ -150,21 +175,34 @@ def _outcome(module: nn.Module) -> tuple[Row | None, Norm | None]:
         return None, None
     norm, reason = verdict.norm, verdict.reason
     if norm is not None:
-        reason = _wrapped(module)
+        reason = _wrapped(module, "patch {} before")
     semantics = str(norm.semantics) if norm else ""
     return Row(cls, semantics, 0, "left alone" if reason else "replaced", reason, norm is not None or verdict.resembles), norm
 
 
-def _wrapped(module: nn.Module) -> str:
+def _outcome_of_layer(module: nn.Module) -> tuple[Row | None, Fusion | None]:
+    """The row that a module belongs to, but for its count, if it adds and normalizes, and what of that is to be fused."""
+    for base in type(module).__mro__:
+        if is_derived(base) and not is_replacement(base):
+            return Row(base.__bases__[0], str(base._triton_rmsnorm), 0, "fused before"), None
+    fusion, reason = fusible(module)
+    if fusion is not None:
+        reason = _wrapped(module, "patch the model before")
+    if reason:
+        return Row(type(module), "", 0, "left alone", reason), None
+    return (Row(type(module), str(fusion), 0, "fused"), fusion) if fusion is not None else (None, None)
+
+
+def _wrapped(module: nn.Module, advice: str) -> str:
     """How something else has taken over this very module, if so: its behaviour is then not only its class's."""
+    advice = advice.format(type(module).__name__)
     for sign in ("_hf_hook", "forward"):
         if sign in vars(module):
-            how = "accelerate has hooked it" if sign == "_hf_hook" else "its own forward was replaced"
-            return f"{how}: patch {type(module).__name__} before"
+            return f"{'accelerate has hooked it' if sign == '_hf_hook' else 'its own forward was replaced'}: {advice}"
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     if any(_distributed(type(t)) for t in tensors) or any(map(_distributed, hooks)):
-        return f"torch.distributed has taken it over: patch {type(module).__name__} before"
+        return f"torch.distributed has taken it over: {advice}"
     return ""
 
 
@@ -173,14 +211,14 @@ def _distributed(thing) -> bool:
 
 
 def _restore(modules: Iterable[nn.Module]) -> None:
-    """Gives replaced modules among `modules` their own class again."""
+    """Gives replaced norms and fused layers among `modules` their own class again."""
     modules = list(modules)
     for module in modules:
         cls = type(module)
-        if not is_replacement(cls) and any(map(is_replacement, cls.__mro__)):
-            raise RuntimeError(f"a replaced norm has become a {cls.__name__} since: undo that first")
+        if not is_derived(cls) and any(map(is_derived, cls.__mro__)):
+            raise RuntimeError(f"a replaced norm or layer has become a {cls.__name__} since: undo that first")
     for module in modules:
-        if is_replacement(type(module)):
+        if is_derived(type(module)):
             module.__class__ = type(module).__bases__[0]
 
 

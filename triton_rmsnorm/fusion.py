@@ -1,0 +1,304 @@
+"""The residual add taken into the norm that follows it, in layers whose source shows it and a trial confirms it.
+
+In the forward of a layer the statements
+
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
+
+become, if that norm is one that we have replaced,
+
+    y, hidden_states = add_and_normalize(residual, hidden_states, self.post_attention_layernorm)
+    residual = hidden_states
+    hidden_states = y
+
+and the layer gets a subclass of its class with this forward. Between the sum and the norm there may be only other names for the sum, and
+the norm must be the first thing that its statement computes, so nothing changes its place. `add_and_normalize` adds and calls the norm
+as before wherever our kernel for both does not apply.
+
+A layer is only fused after a `trial` of both forwards.
+"""
+
+import __future__
+
+import ast
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from triton_rmsnorm.recognition import isolated
+from triton_rmsnorm.replacement import add_and_normalize, derived, is_replacement
+from triton_rmsnorm.trial import FailedError, in_words, try_out
+
+_ADD, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_y"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a class made by `fused` does: sums are taken into these norms, names of submodules."""
+
+    norms: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"residual add in {', '.join(self.norms)}"
+
+
+class _RefusedError(RuntimeError):
+    """The reason why a layer is left alone."""
+
+
+def fused(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
+    """The subclass of `original` that computes sums together with norms; there is one for each pair.
+
+    Raises:
+        RuntimeError: the source of original.forward is not there, or has no such sums, as on a machine with another version of it.
+    """
+    # The very name of the original: it is by name that wrapping policies and device maps know layers.
+    cls = derived(original, fusion, fused, original.__name__, _forward, **{_ADD: staticmethod(add_and_normalize)})
+    if _codes(cls.forward)[:-1] != _codes(original.forward)[:-1]:  # what a decorator or __init_subclass__ puts around it
+        raise _RefusedError("something is wrapped around its forward that its source does not show")
+    return cls
+
+
+def fusible(layer: nn.Module) -> tuple[Fusion | None, str]:
+    """What can be fused in `layer`, or the reason why nothing can; (None, "") if it does not add and normalize.
+
+    The layer itself is only looked at.
+    """
+    replaced = {name for name, child in layer._modules.items() if child is not None and _takes_sum(child)}
+    if not replaced:
+        return None, ""
+    try:
+        source = _source(type(layer).forward)
+        names = source.norms & replaced
+        if not names:
+            return None, "no sum goes straight into a replaced norm" if source.adds else ""
+        if _has_any_global_hook():
+            return None, "there is a hook for all modules, which would see the trial"
+        with isolated():
+            rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
+            return Fusion(tuple(sorted(try_out(layer, names, rewritten, _ADD)))), ""
+    except (_RefusedError, FailedError) as refused:
+        return None, str(refused)
+
+
+def _takes_sum(module: nn.Module) -> bool:
+    return is_replacement(type(module)) and type(module)._triton_rmsnorm.semantics.activation is None
+
+
+def _forward(original: type[nn.Module], fusion: Fusion) -> Callable:
+    source = _source(original.forward)
+    missing = set(fusion.norms) - source.norms
+    if missing:
+        raise _RefusedError(f"in {original.__qualname__}.forward no sum goes straight into {', '.join(sorted(missing))}")
+    return source.rewritten(fusion.norms)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A sum and the norm of it."""
+
+    norm: str
+    add: ast.Assign
+    call: ast.Call  # of the norm
+    user: ast.stmt  # the statement of the call
+
+
+class _Source:
+    """The source of a forward: what it says, and rewritten."""
+
+    def __init__(self, forward: Callable):
+        self.forward = forward
+        self.function = inspect.unwrap(forward)
+        if not isinstance(self.function, types.FunctionType):
+            raise _RefusedError("its forward is no Python function")
+        self.code = self.function.__code__
+        try:
+            self.file = "".join(inspect.findsource(self.function)[0])
+        except (OSError, TypeError):
+            raise _RefusedError("the source of its forward is not there") from None
+        function = self._parsed()[1]
+        self.norms = {site.norm for site in _sites(function)}  # submodules that are called with a sum right after it
+        self.adds = any(_adds_to_itself(statement) for block in _blocks(function) for statement in block)
+
+    def rewritten(self, norms: tuple[str, ...]) -> Callable:
+        """The forward with the sums before these norms fused."""
+        if self.code.co_freevars:
+            raise _RefusedError(f"its forward uses variables of an enclosing scope: {', '.join(self.code.co_freevars)}")
+        tree, function = self._parsed()
+        original = self._defined(function)
+        codes = _codes(original)
+        if self._compiled(tree) != self.code or codes[:-1] != _codes(self.forward)[-len(codes) : -1]:
+            raise _RefusedError("its forward is not what its source says")
+        _Fuse([site for site in _sites(function) if site.norm in norms], function.args).visit(function)
+        inner = inspect.unwrap(original)
+        inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
+        inner.__defaults__, inner.__kwdefaults__ = self.function.__defaults__, self.function.__kwdefaults__
+        inner.__qualname__ = self.function.__qualname__
+        return original
+
+    def _parsed(self) -> tuple[ast.Module, ast.FunctionDef]:
+        """The file and the forward in it."""
+        tree = ast.parse(self.file)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and (node.name, _first_line(node)) == (self.code.co_name, self.code.co_firstlineno):
+                return tree, node
+        raise _RefusedError("its forward is not where its source should be")
+
+    def _compiled(self, tree: ast.Module) -> types.CodeType:
+        """The code of the forward in a file. What surrounds it matters: names of imported modules are compiled in another way."""
+        codes = [compile(tree, self.code.co_filename, "exec", dont_inherit=True)]
+        for code in codes:
+            if code.co_name == self.code.co_name and code.co_firstlineno == self.code.co_firstlineno:
+                return code
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        raise _RefusedError("its forward is not where its source should be")
+
+    def _defined(self, function: ast.FunctionDef) -> Callable:
+        """The forward defined once more, with its decorators, among the globals of the original."""
+        space: dict = {}
+        flags = self.code.co_flags & _FUTURE_FLAGS
+        try:
+            exec(compile(ast.Module([function], []), self.code.co_filename, "exec", flags, True), self.function.__globals__, space)
+        except Exception as error:  # of any kind: decorators are others' code
+            raise _RefusedError(f"its forward cannot be defined again: {in_words(error)}") from None
+        return space[function.name]
+
+
+_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
+_source = lru_cache(maxsize=256)(_Source)
+
+
+def _codes(function: Callable) -> list:
+    """The code of a function and of what it wraps. Codes are equal if all but the file is, line numbers included."""
+    codes = [getattr(function, "__code__", None)]
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+        codes.append(getattr(function, "__code__", None))
+    return codes
+
+
+def _first_line(function: ast.FunctionDef) -> int:
+    return min(part.lineno for part in (function, *function.decorator_list))
+
+
+def _sites(function: ast.FunctionDef) -> list[_Site]:
+    if not function.args.args:
+        return []
+    this = function.args.args[0].arg
+    if any(isinstance(node, ast.Name) and node.id == this and not isinstance(node.ctx, ast.Load) for node in ast.walk(function)):
+        return []
+    found = (_site(block, index, this) for block in _blocks(function) for index in range(len(block)))
+    return [site for site in found if site is not None]
+
+
+def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Sequences of statements in `node`, but for those of functions and classes inside."""
+    for _, value in ast.iter_fields(node):
+        children = value if isinstance(value, list) else []
+        if children and isinstance(children[0], ast.stmt):
+            yield children
+        for child in children:
+            nested = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)) and not nested:
+                yield from _blocks(child)
+
+
+def _is_add(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.Assign(targets=[ast.Name()], value=ast.BinOp(op=ast.Add())):
+            return True
+    return False
+
+
+def _adds_to_itself(statement: ast.stmt) -> bool:
+    if not _is_add(statement):
+        return False
+    name = statement.targets[0].id
+    return any(isinstance(operand, ast.Name) and operand.id == name for operand in (statement.value.left, statement.value.right))
+
+
+def _site(block: list[ast.stmt], index: int, this: str) -> _Site | None:
+    """The site whose sum is statement `index` of `block`."""
+    add = block[index]
+    if not _is_add(add):
+        return None
+    names = {add.targets[0].id}  # of the sum
+    for statement in block[index + 1 :]:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=value)):
+                names = names | {name} if value in names else names - {name}
+            case ast.Assign(value=value) | ast.Expr(value=value) | ast.Return(value=ast.expr() as value):
+                match _first(value):
+                    case ast.Call(ast.Attribute(ast.Name(id=owner), norm), [ast.Name(id=name)], []) as call:
+                        if owner == this and name in names:
+                            return _Site(norm, add, call, statement)
+                return None
+            case _:
+                return None
+    return None
+
+
+def _first(node: ast.expr) -> ast.expr | None:
+    """The first thing that evaluating `node` does beside loading names, attributes and constants."""
+    match node:
+        case ast.BinOp():
+            parts = [node.left, node.right]
+        case ast.Call():
+            parts = [node.func, *node.args, *(keyword.value for keyword in node.keywords)]
+        case ast.Attribute():
+            parts = [node.value]
+        case ast.Subscript():
+            parts = [node.value, node.slice]
+        case ast.Tuple() | ast.List():
+            parts = node.elts
+        case ast.UnaryOp():
+            parts = [node.operand]
+        case _:  # what may be evaluated at another time or not at all counts as a whole
+            parts = []
+    for part in parts:
+        first = _first(part)
+        if first is not None:
+            return first
+    return None if isinstance(node, (ast.Name, ast.Attribute, ast.Constant)) else node
+
+
+class _Fuse(ast.NodeTransformer):
+    """Rewrites sites."""
+
+    def __init__(self, sites: list[_Site], arguments: ast.arguments):
+        self.this = arguments.args[0].arg
+        self.norms = {id(site.add): site.norm for site in sites}
+        self.calls = {id(site.call) for site in sites}
+        self.users = {id(site.user) for site in sites if not isinstance(site.user, ast.Return)}
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        if id(node) in self.calls:
+            return ast.copy_location(ast.Name(_Y, ast.Load()), node)
+        return self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
+        self.generic_visit(node)
+        if id(node) in self.norms:
+            operands = [node.value.left, node.value.right, self._attribute(self.norms[id(node)])]
+            node.targets = [ast.Tuple([ast.Name(_Y, ast.Store()), *node.targets], ast.Store())]
+            node.value = ast.copy_location(ast.Call(self._attribute(_ADD), operands, []), node.value)
+            return node
+        return self._and_forget(node)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
+        return self._and_forget(self.generic_visit(node))
+
+    def _and_forget(self, node: ast.stmt) -> ast.stmt | list[ast.stmt]:
+        """The norm's output should live no longer than it did."""
+        if id(node) not in self.users:
+            return node
+        return [node, ast.copy_location(ast.Delete([ast.Name(_Y, ast.Del())]), node)]
+
+    def _attribute(self, name: str) -> ast.Attribute:
+        return ast.Attribute(ast.Name(self.this, ast.Load()), name, ast.Load())
