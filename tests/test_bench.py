@@ -79,8 +79,8 @@ CHECKED = [(problem, OURS) for problem in SMALL] + [
 
 
 @pytest.mark.parametrize(("problem", "name"), CHECKED, ids=str)
-def test_providers_pass_the_check(problem, name):
-    data = draw(problem, CPU)
+def test_providers_pass_the_check(problem, name, device):
+    data = draw(problem, device)
     call = harness.make_call(problem, providers.PROVIDERS[name].norm(problem), data)
     expected = harness.expect(problem, data)
     assert harness.wrong(call(), expected) == ""
@@ -231,9 +231,9 @@ PLAIN = [problem for problem in SMALL if problem.variant == "plain" and problem.
 
 
 @pytest.fixture
-def bench_run(monkeypatch, tmp_path, clock):
+def bench_run(monkeypatch, tmp_path, clock, device):
     """run.main on the plain small problems, with one provider of each kind."""
-    monkeypatch.setattr(harness, "gpu", lambda: CPU)
+    monkeypatch.setattr(harness, "gpu", lambda: device)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     monkeypatch.setitem(problems.SUITES, "quick", PLAIN)
@@ -309,12 +309,12 @@ def test_out_of_time(bench_run, clock, capsys):
     assert f"out of time, {6 * len(PLAIN)} of {6 * len(PLAIN)} cells are left" in capsys.readouterr().out
 
 
-def test_compiles_ahead(bench_run, capsys, launches, clock):
-    run._call_once(PLAIN[0], [CEILING, "failing", OURS], CPU)
+def test_compiles_ahead(bench_run, capsys, launches, clock, device):
+    run._call_once(PLAIN[0], [CEILING, "failing", OURS], device)
     assert launches and not clock
     assert bench_run("--jobs", "1") == 0  # in a process of its own, which knows only the real providers
     assert "not compiled ahead" not in capsys.readouterr().out
-    run._compile_ahead({problem: [OURS] for problem in PLAIN}, CPU, 1, 0.0)
+    run._compile_ahead({problem: [OURS] for problem in PLAIN}, device, 1, 0.0)
     assert f"of {len(PLAIN)} problems are not compiled ahead" in capsys.readouterr().out
 
 
@@ -426,7 +426,7 @@ def test_window_time(monkeypatch):
     assert len(calls) == 20 + 1 + 2 * 8
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="the stub of libcuda takes a C compiler")
+on_stub = pytest.mark.skipif(torch.cuda.is_available() or not shutil.which("cc"), reason="a stub of libcuda takes a C compiler and no GPU")
 
 
 def run_compiled(code: str) -> str:
@@ -437,7 +437,7 @@ def run_compiled(code: str) -> str:
     return done.stdout
 
 
-@needs_compiler
+@on_stub
 def test_host():
     shown = run_compiled("from bench import host; host.WINDOWS = 3; host.main(['--profile'])")
     lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in shown.splitlines() if line.startswith("│")}
@@ -446,7 +446,7 @@ def test_host():
     assert "launch.py" in shown and "tottime" in shown
 
 
-@needs_compiler
+@on_stub
 def test_launches_on_the_stub_are_counted():
     """One launch forward, two backward; a compiled kernel is launched again, and another one for another alignment."""
     shown = run_compiled(
@@ -468,7 +468,7 @@ with stubbed() as stub:
     assert shown.split("\n")[0] == "(1, 2) (1, 2) (1, 2)"
 
 
-@needs_compiler
+@on_stub
 def test_search_compiles_ahead_and_refuses_spills():
     """The search itself, with kernels that are compiled: of two that a made-up clock finds faster, the one that spills is not taken."""
     shown = run_compiled(
