@@ -51,8 +51,11 @@ def written(path: Path) -> Iterator[str]:
         yield source(cell)
     for cell in cells(path, "code"):
         yield from re.findall(r"#.*", source(cell))
-        nodes = ast.walk(ast.parse(source(cell)))
-        yield from (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        nodes = list(ast.walk(ast.parse(source(cell))))
+        formats = {
+            id(part) for node in nodes if isinstance(node, ast.FormattedValue) and node.format_spec for part in ast.walk(node.format_spec)
+        }
+        yield from (n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in formats)
 
 
 def pictures(path: Path) -> list[bytes]:
