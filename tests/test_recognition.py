@@ -233,6 +233,12 @@ class EpsIsABoundNorm(Norm):
         return (self.weight * x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True).clamp_min(self.eps))).to(x.dtype)
 
 
+class EpsIsBoundedNorm(Norm):
+    def forward(self, x):
+        x32 = x.float()
+        return (self.weight * x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + min(self.eps, 1e-2))).to(x.dtype)
+
+
 class EpsIgnoredNorm(Norm):
     def forward(self, x):
         x32 = x.float()
@@ -355,6 +361,7 @@ OTHERS = [
     (L2Norm, "L2 norm", False),
     (EpsOutsideNorm, "outside the square root", False),
     (EpsIsABoundNorm, "bounds the mean square", False),
+    (EpsIsBoundedNorm, "no RMS norm", False),
     (EpsIgnoredNorm, "does not depend on its eps", False),
     (NoEpsNorm, "no epsilon", False),
     (NormalizedNorm, "no epsilon", False),
@@ -520,6 +527,12 @@ def test_the_module_is_only_looked_at():
     assert torch.equal(module.weight, copies[0])
     assert torch.equal(module.weight.grad, copies[1])
     assert torch.is_grad_enabled()
+
+
+def test_random_numbers_are_given_back():
+    state = torch.get_rng_state()
+    assert recognition._prove(DroppedNorm()).norm is None
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
