@@ -58,9 +58,6 @@ def assert_close(one: dict, other: dict) -> None:
         assert (value - other[name]).norm() <= 1e-5 * other[name].norm() + 1e-9, name
 
 
-# --- models ---
-
-
 MODELS = {
     "llama": {"w · x_hat.to(x)"},
     "gemma": {"(1 + w) · x_hat"},
@@ -190,9 +187,6 @@ def test_weight_and_epsilon_are_read_when_called(device):
         one.variance_epsilon = 0.5
         one.weight = nn.Parameter(torch.linspace(1, 2, 64, device=device))
     assert agree(norm(x), twin(x))
-
-
-# --- replaced modules among other things ---
 
 
 def test_hooks_stay_and_run(llama):
@@ -328,9 +322,6 @@ def test_initialization_finds_the_name(device):
     assert torch.equal(norm.weight, torch.zeros_like(norm.weight))  # which is Gemma's own rule
 
 
-# --- calls ---
-
-
 def test_the_argument_keeps_its_name(device):
     norm = LlamaRMSNorm(64).to(device)
     signature = inspect.signature(norm.forward)
@@ -398,9 +389,6 @@ def test_autocast():
             patch(norm)
             assert norm(x).dtype == expected.dtype
             assert agree(norm(x), expected)
-
-
-# --- what is replaced, and what is left alone ---
 
 
 def test_patching_twice_is_a_no_op(llama):
@@ -538,9 +526,6 @@ def test_the_report_is_a_table(llama):
     assert str(patch(nn.Linear(2, 2))) == "no RMS norm found"
 
 
-# --- classes and model types ---
-
-
 @pytest.fixture
 def llama_class():
     yield LlamaRMSNorm
@@ -569,8 +554,12 @@ def test_subclasses_of_a_patched_class_are_left_alone(llama_class):
         def forward(self, x):
             return 2 * super().forward(x)
 
+    class Inherited(llama_class):
+        pass
+
     patch(llama_class)
     assert type(Doubled(8)) is Doubled
+    assert type(Inherited(8)) is Inherited
 
 
 def test_a_patched_class_on_the_meta_device_and_loaded(llama_class, tmp_path):
@@ -635,10 +624,7 @@ def test_model_types_with_more_in_their_files(model_type):
         assert any(row.status == "to come" and row.semantics for row in report.rows), report
 
 
-# --- bad input ---
-
-
-@pytest.mark.parametrize("bad", [3, None, object(), [LlamaRMSNorm], int, torch.randn(3)], ids=repr)
+@pytest.mark.parametrize("bad", [3, None, object(), [LlamaRMSNorm], int, torch.randn(3)], ids=lambda bad: type(bad).__name__)
 @pytest.mark.parametrize("function", [patch, unpatch])
 def test_what_is_no_target(function, bad):
     with pytest.raises(TypeError, match=r"target must be a torch.nn.Module, a class of modules or a model type of transformers, got"):
