@@ -79,8 +79,8 @@ def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False) 
 
     Args:
         target: a model, or one norm; or a class of norms: all its instances, those there are and those to come, which are replaced as
-            soon as they are built, before they are loaded, dispatched or parallelized; or a model type of transformers, such as "llama":
-            every class of norms in its modeling files.
+            soon as they are built, before they are loaded, dispatched or parallelized, but no instances of subclasses; or a model type
+            of transformers, such as "llama": every class of norms in its modeling files.
         strict: if anything that looks like an RMS norm cannot be replaced, replace nothing and raise.
         fuse_residual: also compute `residual + hidden` together with the replaced norm that directly follows it in the forward of a layer
             of the model, by `add_rms_norm`. A layer's source is rewritten for that, and tried on random input beside the original.
@@ -129,12 +129,13 @@ def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False
 def _patch(target: Target, strict: bool, fuse_residual: bool) -> tuple[Report, list[nn.Module], list[type]]:
     """The report, the modules that were replaced, and the classes whose constructors were."""
     classes = _classes(target)
-    model = isinstance(target, nn.Module)
-    if fuse_residual and not model:
+    model = target if isinstance(target, nn.Module) else None
+    if fuse_residual and model is None:
         raise TypeError(f"target must be a torch.nn.Module for fuse_residual, got {target!r}")
-    outcomes = [(name, module, *_outcome(module)) for name, module in (target.named_modules() if model else _instances(set(classes)))]
-    replacing = [(module, norm) for _, module, row, norm in outcomes if row is not None and row.status == "replaced"]
-    rows = _counted([(name if model else None, row) for name, _, row, _ in outcomes if row is not None])
+    named = _instances(set(classes)) if model is None else model.named_modules()
+    outcomes = [(name, module, *_outcome(module)) for name, module in named]
+    replacing = [(module, norm) for _, module, row, norm in outcomes if row is not None and norm is not None and row.status == "replaced"]
+    rows = _counted([(None if model is None else name, row) for name, _, row, _ in outcomes if row is not None])
     replaced_classes = {type(module) for module, _ in replacing}
     rows += [_outcome_of_class(cls, cls in replaced_classes) for cls in classes]
     report = Report(tuple(rows))
@@ -144,8 +145,8 @@ def _patch(target: Target, strict: bool, fuse_residual: bool) -> tuple[Report, l
         module.__class__ = replacement(type(module), norm)
     constructors = [row.cls for row in rows if row.status == "to come" and _replace_constructor(row.cls)]
     modules = [module for module, _ in replacing]
-    if fuse_residual:
-        layers = [(name, module, *_outcome_of_layer(module)) for name, module in target.named_modules()]
+    if fuse_residual and model is not None:
+        layers = [(name, module, *_outcome_of_layer(module)) for name, module in model.named_modules()]
         report = Report((*rows, *_counted([(name, row) for name, _, row, _ in layers if row is not None])))
         for _, module, _, fusion in layers:
             if fusion is not None:
@@ -167,7 +168,7 @@ def _outcome(module: nn.Module) -> tuple[Row | None, Norm | None]:
     cls = type(module)
     for base in cls.__mro__:
         if is_replacement(base):
-            return Row(base.__bases__[0], str(base._triton_rmsnorm.semantics), 0, "replaced before", resembles=True), None
+            return Row(base.__bases__[0], str(vars(base)["_triton_rmsnorm"].semantics), 0, "replaced before", resembles=True), None
     if getattr(cls.forward, "__module__", "").startswith("triton_rmsnorm."):
         return None, None
     verdict = recognize(module)
@@ -184,7 +185,7 @@ def _outcome_of_layer(module: nn.Module) -> tuple[Row | None, Fusion | None]:
     """The row that a module belongs to, but for its count, if it adds and normalizes, and what of that is to be fused."""
     for base in type(module).__mro__:
         if is_derived(base) and not is_replacement(base):
-            return Row(base.__bases__[0], str(base._triton_rmsnorm), 0, "fused before"), None
+            return Row(base.__bases__[0], str(vars(base)["_triton_rmsnorm"]), 0, "fused before"), None
     fusion, reason = fusible(module)
     if fusion is not None:
         reason = _wrapped(module, "patch the model before")
@@ -305,7 +306,7 @@ def _replace_constructor(cls: type[nn.Module]) -> bool:
                 self.__class__ = replacement(cls, norm)
                 constructor.built.add(self)
 
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[method-assign]
     _CONSTRUCTORS[cls] = constructor
     return True
 
@@ -318,5 +319,5 @@ def _restore_constructor(cls: type[nn.Module]) -> list[nn.Module]:
     if constructor.own is None:
         del cls.__init__
     else:
-        cls.__init__ = constructor.own
+        cls.__init__ = constructor.own  # type: ignore[method-assign]
     return list(constructor.built)
