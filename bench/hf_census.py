@@ -11,7 +11,8 @@ unit in the last place. What rounding alone does to the original is also measure
 parameter moved to a neighbouring number: of the original and the controls, the one farthest from fp64 counts. Where a model does not
 run in fp64, the original takes its place. Distances are Euclidean, tensor by tensor. Besides, each norm's output is compared with what
 the original's forward makes of the same input, as recognition tells semantics apart: equal in half precision but for a few elements on a
-rounding boundary, to the last bits in fp32. The state_dict must not change in any bit.
+rounding boundary, to the last bits in fp32. Where residual adds can be fused with norms, the model is also run so, within the same budget.
+The state_dict must not change in any bit.
 """
 
 import argparse
@@ -59,15 +60,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def census(model_type: str) -> dict:
-    """What became of the model of one type: stage, and why it stopped there; a row for each class of norms; the largest distances."""
+    """What became of the model of one type: stage, and why it stopped there; a row for each class of norms or layers; the largest
+    distances."""
     result: dict = {"type": model_type, "stage": "build"}
     with _reported(result):
         model = tiny_model(model_type).eval()
         result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        report = patch(model)
-        result["rows"] = [_row(row) for row in report.rows]
+        report = patch(model, fuse_residual=True)
+        result["rows"] = [_row(row) for row in report.rows if not _is_layer(row)]
+        result["layers"] = [_row(row) for row in report.rows if _is_layer(row)]
         after = model.state_dict()
+        fused = copy.deepcopy(model) if report.fused else None
         unpatch(model)
         if list(before) != list(after) or not all(_same_bits(before[name], after[name]) for name in before):
             raise DiffersError("the state_dict has changed")
@@ -78,26 +82,33 @@ def census(model_type: str) -> dict:
         batch = tiny_batch(model)
         for dtype in (torch.float32, torch.bfloat16):
             cast = copy.deepcopy(model).to(DEVICE, dtype)
-            result[str(dtype)] = compare(cast, batch, dtype)
+            result[str(dtype)] = compare(cast, batch, dtype, copy.deepcopy(fused).to(DEVICE, dtype) if fused else None)
         result["stage"] = "compared"
     return result
 
 
-def compare(model: nn.Module, batch: dict, dtype: torch.dtype) -> tuple[float, str, bool]:
-    """The largest distance in parts of its budget, of which tensor, and whether fp64 was there to compare with. `model` stays as it is."""
+def compare(model: nn.Module, batch: dict, dtype: torch.dtype, fused: nn.Module | None = None) -> tuple[float, str, bool]:
+    """The largest distance in parts of its budget, of which tensor, and whether fp64 was there to compare with. `model` stays as it is.
+
+    Args:
+        fused: the model once more, patched in another way, which is held to the same budget.
+    """
     original = _run(model, batch, dtype)
     others: list[str] = []
     try:
         with patched(model), _watched(model, others):
-            ours = _run(model, batch, dtype)
+            ours = [_run(model, batch, dtype)]
+        if fused is not None:
+            ours.append(_run(fused, batch, dtype))
     except _TooLongError:
         raise
     except Exception as error:
         raise DiffersError(f"patched, it raises {_message(error)}") from error
     if others:
         raise DiffersError(f"another output of {', '.join(others)}")
-    if ours.keys() != original.keys():
-        raise DiffersError(f"outputs or gradients came or went: {sorted(ours.keys() ^ original.keys())}")
+    for one in ours:
+        if one.keys() != original.keys():
+            raise DiffersError(f"outputs or gradients came or went: {sorted(one.keys() ^ original.keys())}")
     try:
         truth, in_fp64 = _run(copy.deepcopy(model).double(), batch, torch.float64), True
     except (RuntimeError, TypeError, ValueError):
@@ -110,7 +121,9 @@ def compare(model: nn.Module, batch: dict, dtype: torch.dtype) -> tuple[float, s
         parts = {}
         for name, distance in noise.items():
             budget = 2 * distance + torch.finfo(dtype).eps * truth[name].norm()
-            parts[name] = ((ours[name] - truth[name]).norm() / budget).item() if budget > 0 else float(not ours[name].equal(truth[name]))
+            for one in ours:
+                part = ((one[name] - truth[name]).norm() / budget).item() if budget > 0 else float(not one[name].equal(truth[name]))
+                parts[name] = part if not part <= parts.get(name, 0.0) else parts.get(name, 0.0)  # nan stays
         worst = max(parts, key=parts.get)
         if parts[worst] <= 1:
             break
@@ -278,6 +291,10 @@ def _row(row) -> dict:
     return {"name": row.cls.__name__, "semantics": row.semantics, "count": row.count, "status": row.status, "reason": row.reason}
 
 
+def _is_layer(row) -> bool:
+    return row.semantics.startswith("residual add")
+
+
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
@@ -381,6 +398,8 @@ def write_page(results: dict[str, list[dict]], took: str) -> str:
         f"- {len(models)} model types; {sum(model['stage'] != 'build' for model in models)} can be built from a shrunk configuration.",
         f"- {len(compared)} have norms that are replaced and run forward and backward, as they were and patched, in fp32 and in bf16: "
         f"{sum(row['count'] for model in compared for row in model['rows'] if row['status'] == 'replaced')} norms.",
+        f"- {sum(_fused(model) > 0 for model in compared)} of them also run with the residual add fused into the norm after it, "
+        f"in {sum(map(_fused, compared))} layers.",
         f"- {sum(model[key][2] for model in compared for key in _DTYPES)} of these {2 * len(compared)} comparisons had fp64 to go by.",
         f"- Differences beyond rounding: {len(wrong) or 'none'}.",
         *(f"    - {one}" for one in wrong),
@@ -398,11 +417,17 @@ def write_page(results: dict[str, list[dict]], took: str) -> str:
         "",
         *_table(("class", "reason"), _left_alone(models, classes)),
         "",
+        "## Residual adds",
+        "",
+        "Layers that add and normalize, with `fuse_residual=True`.",
+        "",
+        *_table(("outcome", "classes", ""), _by_outcome(compared)),
+        "",
         "## Models",
         "",
         "The largest distance of any output or gradient, in parts of its budget; 1 would be too much. (*) without fp64.",
         "",
-        *_table(("model type", "parameters", "norms", "semantics", "fp32", "bf16"), map(_model_line, compared)),
+        *_table(("model type", "parameters", "norms", "fused layers", "semantics", "fp32", "bf16"), map(_model_line, compared)),
         "",
         "## Not run",
         "",
@@ -459,7 +484,18 @@ def _model_line(model: dict) -> tuple:
     replaced = [row for row in model["rows"] if row["status"] == "replaced"]
     parts = [f"{model[dtype][0]:.2f}{'' if model[dtype][2] else ' *'}" for dtype in _DTYPES]
     semantics = ", ".join(f"`{one}`" for one in sorted({row["semantics"] for row in replaced}))
-    return model["type"], model["parameters"], sum(row["count"] for row in replaced), semantics, *parts
+    return model["type"], model["parameters"], sum(row["count"] for row in replaced), _fused(model), semantics, *parts
+
+
+def _fused(model: dict) -> int:
+    return sum(row["count"] for row in model["layers"] if row["status"] == "fused")
+
+
+def _by_outcome(models: list[dict]) -> list[tuple]:
+    outcomes: dict[str, set[str]] = defaultdict(set)
+    for row in (row for model in models for row in model["layers"]):
+        outcomes[row["status"] if row["status"] == "fused" else f"{row['status']}: {row['reason']}"].add(row["name"])
+    return sorted(((outcome, len(names), ", ".join(sorted(names))) for outcome, names in outcomes.items()), key=lambda row: (-row[1], row))
 
 
 def _not_run(models: list[dict]) -> list[tuple]:

@@ -190,7 +190,7 @@ def _outcome_of_layer(module: nn.Module) -> tuple[Row | None, Fusion | None]:
     if fusion is not None:
         reason = _wrapped(module, "patch the model before")
     if reason:
-        return Row(type(module), "", 0, "left alone", reason), None
+        return Row(type(module), "residual add", 0, "left alone", reason), None
     return (Row(type(module), str(fusion), 0, "fused"), fusion) if fusion is not None else (None, None)
 
 
