@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from triton_rmsnorm.recognition import isolated
-from triton_rmsnorm.replacement import add_and_normalize, derived, is_replacement
+from triton_rmsnorm.replacement import add_and_normalize, derived, is_replacement, part_of
 from triton_rmsnorm.trial import FailedError, in_words, try_out
 
 _ADD, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_y"
@@ -88,7 +88,7 @@ def fusible(layer: nn.Module) -> tuple[Fusion | None, str]:
 
 
 def _takes_sum(module: nn.Module) -> bool:
-    return is_replacement(type(module)) and type(module)._triton_rmsnorm.semantics.activation is None
+    return is_replacement(type(module)) and part_of(type(module)).semantics.activation is None
 
 
 def _forward(original: type[nn.Module], fusion: Fusion) -> Callable:
@@ -104,7 +104,7 @@ class _Site:
     """A sum and the norm of it."""
 
     norm: str
-    add: ast.Assign
+    add: ast.stmt
     call: ast.Call  # of the norm
     user: ast.stmt  # the statement of the call
 
@@ -124,7 +124,8 @@ class _Source:
             raise _RefusedError("the source of its forward is not there") from None
         function = self._parsed()[1]
         self.norms = {site.norm for site in _sites(function)}  # submodules that are called with a sum right after it
-        self.adds = any(_adds_to_itself(statement) for block in _blocks(function) for statement in block)
+        statements = [statement for block in _blocks(function) for statement in block]
+        self.adds = any(name in _names(parts) for name, *parts in filter(None, map(_addition, statements)))
 
     def rewritten(self, norms: tuple[str, ...]) -> Callable:
         """The forward with the sums before these norms fused."""
@@ -184,7 +185,7 @@ def _codes(function: Callable) -> list:
 
 
 def _first_line(function: ast.FunctionDef) -> int:
-    return min(part.lineno for part in (function, *function.decorator_list))
+    return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
 
 
 def _sites(function: ast.FunctionDef) -> list[_Site]:
@@ -209,26 +210,24 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield from _blocks(child)
 
 
-def _is_add(statement: ast.stmt) -> bool:
+def _addition(statement: ast.stmt) -> tuple[str, ast.expr, ast.expr] | None:
+    """name, left and right of `name = left + right`."""
     match statement:
-        case ast.Assign(targets=[ast.Name()], value=ast.BinOp(op=ast.Add())):
-            return True
-    return False
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp(left, ast.Add(), right)):
+            return name, left, right
+    return None
 
 
-def _adds_to_itself(statement: ast.stmt) -> bool:
-    if not _is_add(statement):
-        return False
-    name = statement.targets[0].id
-    return any(isinstance(operand, ast.Name) and operand.id == name for operand in (statement.value.left, statement.value.right))
+def _names(expressions: list[ast.expr]) -> set[str]:
+    return {expression.id for expression in expressions if isinstance(expression, ast.Name)}
 
 
 def _site(block: list[ast.stmt], index: int, this: str) -> _Site | None:
     """The site whose sum is statement `index` of `block`."""
-    add = block[index]
-    if not _is_add(add):
+    addition = _addition(block[index])
+    if addition is None:
         return None
-    names = {add.targets[0].id}  # of the sum
+    names = {addition[0]}  # of the sum
     for statement in block[index + 1 :]:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=value)):
@@ -237,7 +236,7 @@ def _site(block: list[ast.stmt], index: int, this: str) -> _Site | None:
                 match _first(value):
                     case ast.Call(ast.Attribute(ast.Name(id=owner), norm), [ast.Name(id=name)], []) as call:
                         if owner == this and name in names:
-                            return _Site(norm, add, call, statement)
+                            return _Site(norm, block[index], call, statement)
                 return None
             case _:
                 return None
@@ -280,19 +279,22 @@ class _Fuse(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.expr:
         if id(node) in self.calls:
             return ast.copy_location(ast.Name(_Y, ast.Load()), node)
-        return self.generic_visit(node)
+        self.generic_visit(node)
+        return node
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
         self.generic_visit(node)
-        if id(node) in self.norms:
-            operands = [node.value.left, node.value.right, self._attribute(self.norms[id(node)])]
+        addition = _addition(node)
+        if addition and id(node) in self.norms:
+            operands = [*addition[1:], self._attribute(self.norms[id(node)])]
             node.targets = [ast.Tuple([ast.Name(_Y, ast.Store()), *node.targets], ast.Store())]
             node.value = ast.copy_location(ast.Call(self._attribute(_ADD), operands, []), node.value)
             return node
         return self._and_forget(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
-        return self._and_forget(self.generic_visit(node))
+        self.generic_visit(node)
+        return self._and_forget(node)
 
     def _and_forget(self, node: ast.stmt) -> ast.stmt | list[ast.stmt]:
         """The norm's output should live no longer than it did."""

@@ -4,6 +4,7 @@ import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,12 @@ def replacement(original: type[nn.Module], norm: Norm) -> type[nn.Module]:
 def derived(original: type[nn.Module], part: Hashable, derive: Callable, name: str, forward: Callable, **members) -> type[nn.Module]:
     """The subclass of `original` with forward(original, part), made at the first call; derive(original, part) unpickles instances."""
     for subclass in original.__subclasses__():
-        if vars(subclass).get("_triton_rmsnorm") == part:
+        if part_of(subclass) == part:
             return subclass
     members |= {"forward": forward(original, part), "__reduce_ex__": _reduce_ex, "__doc__": original.__doc__}
     marks = {"__module__": __name__, "_triton_rmsnorm": part, "_triton_rmsnorm_derive": staticmethod(derive)}
-    return type(original)(name, (original,), members | marks)
+    metaclass: Any = type(original)
+    return metaclass(name, (original,), members | marks)
 
 
 def is_derived(cls: type) -> bool:
@@ -38,7 +40,12 @@ def is_derived(cls: type) -> bool:
 
 def is_replacement(cls: type) -> bool:
     """Whether we made this class, for a norm."""
-    return isinstance(vars(cls).get("_triton_rmsnorm"), Norm)
+    return isinstance(part_of(cls), Norm)
+
+
+def part_of(cls: type) -> Any:
+    """What a class that we made was made for; None of others."""
+    return vars(cls).get("_triton_rmsnorm")
 
 
 def add_and_normalize(x: Tensor, residual: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,13 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from triton_rmsnorm.replacement import add_and_normalize
+from triton_rmsnorm.replacement import add_and_normalize, part_of
 
 # Largest difference of an output or gradient, relative to its largest element: sums in other orders, in float32.
 TOLERANCE = 1e-4
@@ -31,7 +32,7 @@ class FailedError(Exception):
 class _Output(Tensor):
     """A tensor that is also a tuple of as many tensors as are asked for. What is computed of it is a plain tensor."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     def __getitem__(self, index):
         return torch.sin((2 + index) * self.as_subclass(Tensor)) if type(index) is int else self.as_subclass(Tensor)[index]
@@ -104,7 +105,7 @@ class _Trial:
         self.leaves: list[Tensor] = []  # whose gradients are compared
         self.stand_ins: dict[int, nn.Module] = {}
         self.rows = (1, 2)
-        self.shape = _normalized(layer._modules[min(names)])
+        self.shape = _normalized(layer.get_submodule(min(names)))
         self.layer = self._drawn(layer)
         for name, child in layer._modules.items():
             if child is None:
@@ -119,7 +120,8 @@ class _Trial:
         leaves = tree_leaves(forward(self.layer, **arguments))
         outputs = [leaf.as_subclass(Tensor) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         generator = torch.Generator().manual_seed(1)
-        loss = sum((torch.randn(y.shape, generator=generator) * y).sum() for y in outputs if y.requires_grad)
+        terms = [(torch.randn(y.shape, generator=generator) * y).sum() for y in outputs if y.requires_grad]
+        loss = torch.stack(terms).sum()
         return outputs, list(torch.autograd.grad(loss, self.leaves, allow_unused=True))
 
     def arguments(self, filled: bool) -> dict:
@@ -166,7 +168,8 @@ class _Trial:
         if id(module) in self.stand_ins:
             return self.stand_ins[id(module)]
         bare = self.stand_ins[id(module)] = self._bare(module)
-        for own, others in ((bare._parameters, module._parameters), (bare._buffers, module._buffers)):
+        pairs: list[tuple[dict, dict]] = [(bare._parameters, module._parameters), (bare._buffers, module._buffers)]
+        for own, others in pairs:
             own.update({name: None if other is None else torch.empty_like(other, device="meta") for name, other in others.items()})
         bare._modules.update({name: None if child is None else self._stand_in(child) for name, child in module._modules.items()})
         scale = self._parameter()
@@ -185,7 +188,7 @@ class _Trial:
 
 def _normalized(norm: nn.Module) -> tuple[int, ...]:
     """The shape that a replaced norm normalizes; any if it has no weight."""
-    weight = type(norm)._triton_rmsnorm.weight
+    weight = part_of(type(norm)).weight
     return (64,) if weight is None else tuple(getattr(norm, weight).shape)
 
 
