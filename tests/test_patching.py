@@ -528,6 +528,7 @@ def test_the_report_is_a_table(llama):
 
 @pytest.fixture
 def llama_class():
+    gc.collect()  # the models of other tests, whose norms are instances, too
     yield LlamaRMSNorm
     unpatch(LlamaRMSNorm)
     assert "__wrapped__" not in vars(LlamaRMSNorm.__init__)
@@ -541,7 +542,8 @@ def test_a_class_is_patched_for_present_and_future_instances(llama_class):
     future = llama_class(8, eps=1e-5)
     assert is_replacement(type(present))
     assert is_replacement(type(future))
-    assert [row.status for row in report.rows] == ["replaced", "to come"]
+    # Something may still hold norms of other tests that are hooked, and so left alone.
+    assert [row.status for row in report.rows if row.status != "left alone"] == ["replaced", "to come"]
     assert report.rows[0].count >= 1
     assert len(replaced(tiny_model("llama"))) == 5
     assert patch(llama_class).replaced == 0
