@@ -78,6 +78,10 @@ def rms_norm(
     return _channels_last(input, _normalize(*_autocast(input, weight), spec)[0])
 
 
+if hasattr(torch.jit, "_builtins"):  # TorchScript is deprecated
+    torch.jit._builtins._register_builtin(rms_norm, "aten::rms_norm")  # what torch.jit.script makes of a call
+
+
 def add_rms_norm(
     input: Tensor,
     residual: Tensor,

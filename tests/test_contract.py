@@ -1,0 +1,520 @@
+"""torch.nn.RMSNorm's contract as torch itself tests it (OpInfo, ModuleInfo), and what programs do with a norm besides calling it."""
+
+import copy
+import io
+import pickle
+import warnings
+from itertools import product
+
+import pytest
+import torch
+from conftest import assert_within_budget, draw, exact, results_of, torchs
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from variants import FUNCTIONS, VARIANTS, N, Variant
+
+import triton_rmsnorm
+from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, launch, reference, rms_norm, rms_norm_gated, tuning
+from triton_rmsnorm.reference import Spec, accumulation_dtype
+
+OPINFO = next(op for op in op_db if op.name == "nn.functional.rms_norm" and not op.variant_test_name)
+MODULEINFO = next(module for module in module_db if module.module_cls is torch.nn.RMSNorm)
+REAL = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_floating_point), key=str)
+COMPLEX = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_complex), key=str)
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    if launch.INTERPRETED:
+        monkeypatch.setattr(launch, "device_of", lambda _: tuning.SM_80)
+
+
+@pytest.fixture(params=FUNCTIONS.values(), ids=FUNCTIONS)
+def function(request) -> Variant:
+    return request.param
+
+
+def eps_of(x: Tensor, eps: float | None) -> float:
+    return torch.finfo(accumulation_dtype(x)).eps if eps is None else eps
+
+
+def check(x: Tensor, weight: Tensor | None, normalized_shape, eps: float | None) -> None:
+    """rms_norm and its gradients are within the budget of the exact ones."""
+    dy = draw(tuple(x.shape), x.dtype, x.device)
+    ours = results_of(lambda x, weight: rms_norm(x, normalized_shape, weight, eps), x, weight, dy)
+    spec = Spec(tuple(normalized_shape), eps_of(x, eps))
+    assert_within_budget(ours, exact(x, weight, dy, spec), torchs(x, weight, dy, spec))
+
+
+def test_opinfo_covers_what_we_claim():
+    assert {torch.float16, torch.bfloat16, torch.float32, torch.float64} <= set(REAL) and COMPLEX
+    assert OPINFO.supports_forward_ad and OPINFO.supports_fwgrad_bwgrad and OPINFO.supports_gradgrad and not OPINFO.supports_out
+
+
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+def test_opinfo_samples(dtype, device):
+    samples = list(OPINFO.sample_inputs(device, dtype))
+    assert len(samples) >= 6
+    for sample in samples:
+        normalized_shape, weight = (*sample.args, None)[:2]
+        check(sample.input, weight, normalized_shape, sample.kwargs.get("eps"))
+        ours = rms_norm(sample.input, *sample.args, **sample.kwargs)
+        theirs = OPINFO.op(sample.input, *sample.args, **sample.kwargs)
+        assert (ours.shape, ours.dtype, ours.is_contiguous()) == (theirs.shape, theirs.dtype, theirs.is_contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opinfo_reference(dtype, device):
+    """The NumPy function that torch is tested with."""
+    for sample in OPINFO.reference_inputs(device, dtype):
+        eps = eps_of(sample.input, sample.kwargs.get("eps"))
+        arrays = (t.cpu().numpy() if isinstance(t, Tensor) else t for t in (sample.input, *sample.args))
+        expected = OPINFO.ref(*arrays, eps=eps)
+        ours = rms_norm(sample.input, *sample.args, **sample.kwargs)
+        torch.testing.assert_close(ours.cpu(), torch.as_tensor(expected).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", COMPLEX, ids=str)
+def test_opinfo_complex_samples(dtype, device, launches):
+    """Complex input is left to torch: the same bits, also of the gradients and of conjugated views."""
+    for sample in OPINFO.sample_inputs(device, dtype):
+        for view in (lambda t: t, torch.conj):
+            results = []
+            for function in (rms_norm, OPINFO.op):
+                leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in (sample.input, *sample.args)]
+                y = function(view(leaves[0]), *leaves[1:], **sample.kwargs)
+                y.backward(torch.ones_like(y))
+                results.append([y.detach(), *[t.grad for t in leaves if isinstance(t, Tensor)]])
+            for ours, theirs in zip(*results, strict=True):
+                assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert not launches
+
+
+def test_opinfo_errors(device):
+    errors = list(OPINFO.error_inputs(device))
+    assert len(errors) >= 3
+    for error in errors:
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex):
+            OPINFO.op(sample.input, *sample.args, **sample.kwargs)
+        with pytest.raises(error.error_type, match=r"normalized_shape must .* got|must have shape .* got"):
+            rms_norm(sample.input, *sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_moduleinfo(dtype, training, device):
+    """Every constructor and input that torch tests its module with: repr, state, results and gradients."""
+    inputs = MODULEINFO.module_inputs_func(MODULEINFO, device=device, dtype=dtype, requires_grad=True, training=training)
+    assert len(inputs) >= 5
+    for module_input in inputs:
+        args, kwargs = module_input.constructor_input.args, module_input.constructor_input.kwargs
+        ours = RMSNorm(*args, **kwargs, device=device, dtype=dtype).train(training)
+        theirs = torch.nn.RMSNorm(*args, **kwargs, device=device, dtype=dtype).train(training)
+        assert repr(ours) == repr(theirs) and ours.training == theirs.training
+        if ours.weight is not None:
+            torch.nn.init.normal_(ours.weight)
+            theirs.load_state_dict(ours.state_dict())
+        (x,) = module_input.forward_input.args
+        dy = draw(x.shape, dtype, device)
+        results = []
+        for module in (ours, theirs):
+            leaf = x.detach().requires_grad_()
+            y = module(leaf)
+            y.backward(dy)
+            results.append([y, leaf.grad, *[p.grad for p in module.parameters()]])
+        for our, their in zip(*results, strict=True):
+            assert (our.dtype, our.shape, our.stride()) == (their.dtype, their.shape, their.stride())
+        check(x.detach(), None if ours.weight is None else ours.weight.detach(), ours.normalized_shape, ours.eps)
+        reference = module_input.reference_fn(ours, x)
+        torch.testing.assert_close(results[0][0], reference, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
+
+
+NUMBERS = {
+    "subnormals": lambda x: x * torch.finfo(x.dtype).smallest_normal / 4,
+    "1e30": lambda x: x.to(torch.float64).mul(1e30).clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max).to(x.dtype),
+    "maxima": lambda x: torch.full_like(x, torch.finfo(x.dtype).max) * x.sign(),
+    "minima_and_maxima": lambda x: x.new_full(x.shape, torch.finfo(x.dtype).max).where(x > 0, x.new_tensor(torch.finfo(x.dtype).tiny)),
+    "zeros": torch.zeros_like,
+    "negative_zeros": lambda x: -torch.zeros_like(x),
+    "infinite": lambda x: torch.where(torch.arange(x.shape[-1], device=x.device) == 3, torch.inf, x),
+    "nan": lambda x: torch.where(torch.arange(x.shape[-1], device=x.device) == 3, torch.nan, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities in the interpreter
+@pytest.mark.parametrize("eps", [None, 0.0, -1e-3], ids=["default", "zero", "negative"])
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_numbers(numbers, dtype, eps, device):
+    """NaN and infinities are where torch has them, but for gradients that its formula overflows in (2x, for example), where the closed form
+    does not; what is finite is within the budget; rows beside do not notice."""
+    x, weight, dy = draw((4, 32), dtype, device), draw((32,), dtype, device), draw((4, 32), dtype, device)
+    plain = results_of(lambda x, weight: rms_norm(x, (32,), weight, eps), x, weight, dy)
+    x[1:3] = numbers(x[1:3])
+    spec = Spec((32,), eps_of(x, eps))
+    ours = results_of(lambda x, weight: rms_norm(x, (32,), weight, eps), x, weight, dy)
+    theirs = results_of(lambda x, weight: F.rms_norm(x, (32,), weight, eps), x, weight, dy)
+    closed = reference.backward(dy, x, weight, reference.forward(x, weight, spec)[1], spec)
+    for our, their in ((ours.y, theirs.y), (ours.dx, closed.dx), (ours.dw, closed.dw)):
+        assert our.dtype == their.dtype and torch.equal(our.isnan(), their.isnan())
+        assert torch.equal(our.isinf(), their.isinf()) and torch.equal(our[our.isinf()], their[our.isinf()])
+    if theirs.y.isfinite().all():
+        for our, their in zip(ours, theirs, strict=True):
+            assert not (our.isnan() & ~their.isnan()).any()
+    for our, before in ((ours.y, plain.y), (ours.dx, plain.dx)):
+        assert torch.equal(our[[0, 3]], before[[0, 3]])
+    rows = [i for i in range(4) if theirs.y[i].isfinite().all() and theirs.dx[i].isfinite().all()]
+    finite = x[rows].to(accumulation_dtype(x)).square().sum(-1).isfinite()  # what overflows in torch is not exact there
+    rows = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
+    some = results_of(lambda x, weight: rms_norm(x, (32,), weight, eps), x[rows], weight, dy[rows])
+    assert torch.equal(some.y, ours.y[rows]) and torch.equal(some.dx, ours.dx[rows])
+    assert_within_budget(some, exact(x[rows], weight, dy[rows], spec), torchs(x[rows], weight, dy[rows], spec))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("number", [torch.inf, torch.nan, 1e30, 0.0])
+@pytest.mark.parametrize("name", ["add", "gate_after", "gate_before"])
+def test_rows_stay_isolated(name, number, device):
+    """A row that holds such a number, in x, residual or gate: NaN where torch's operations make NaN, and nothing in the rows beside."""
+    variant = VARIANTS[name]
+    for at in (0, 2):
+        tensors = variant.draw((4, N), torch.float32, device)
+        before = gradients_of(variant.ours, tensors)
+        tensors[at][1, 2] = number
+        ours, theirs = gradients_of(variant.ours, tensors), gradients_of(variant.theirs, tensors)
+        for our, their, old in zip(ours, theirs, before, strict=True):
+            if our.dim() == 1:  # dgamma, to which all rows contribute
+                continue
+            assert torch.equal(our[[0, 2, 3]], old[[0, 2, 3]])
+            assert torch.equal(our.isnan(), their.isnan())
+
+
+def gradients_of(function, tensors) -> list[Tensor]:
+    """Outputs and gradients."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    outputs = tree_leaves(function(*tensors))
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    return [*[y.detach() for y in outputs], *[t.grad for t in tensors]]
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("dims", [4, 5])
+def test_channels_last(dims, ndim, device):
+    """The memory format of input, output, gradient in, gradient out."""
+    x = draw((2, 4, 3, 5, 6)[:dims], torch.float32, device).to(memory_format=CHANNELS_LAST[dims])
+    weight = draw(x.shape[-ndim:], torch.float32, device)
+    results = []
+    for function in (rms_norm, F.rms_norm):
+        leaf, parameter = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = function(leaf, x.shape[-ndim:], parameter)
+        y.backward(torch.linspace(-1, 2, x.numel(), device=device).view(x.shape).to(memory_format=CHANNELS_LAST[dims]))
+        results.append((y, leaf.grad, parameter.grad))
+    assert results[0][0].stride() == results[1][0].stride()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_negated_everything(function, device):
+    """Negative views of inputs, weights and gradients (of complex numbers' imaginary parts, for example)."""
+    tensors = function.draw((4, 3, N), torch.float64, device)
+    negated = [torch._neg_view(t) for t in tensors]
+    assert all(t.is_neg() for t in negated)
+    outputs = tree_leaves(function.ours(*[t.requires_grad_() for t in negated]))
+    for ours, theirs in zip(outputs, tree_leaves(function.theirs(*[-t for t in tensors])), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    expected = gradients_of(function.theirs, [-t for t in tensors])[len(outputs) :]
+    dys = [torch._neg_view(torch.full_like(y, -1)) for y in outputs]
+    for ours, theirs in zip(torch.autograd.grad(outputs, negated, dys), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_on_cpu(autocast_dtype, device):
+    """torch leaves rms_norm alone there."""
+    for dtype, weight_dtype in product(DTYPES, (None, *DTYPES)):
+        x = draw((3, 8), dtype, torch.device("cpu"))
+        weight = None if weight_dtype is None else draw((8,), weight_dtype, torch.device("cpu"))
+        with torch.autocast("cpu", autocast_dtype), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours, theirs = rms_norm(x, (8,), weight), F.rms_norm(x, (8,), weight)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_on_cuda(enabled):
+    """The output has the dtype that the running torch gives it; shown with fake tensors, so that it needs no GPU."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for dtype, weight_dtype in product(DTYPES, (None, *DTYPES)):
+                x = torch.empty(3, 8, dtype=dtype, device="cuda")
+                weight = None if weight_dtype is None else torch.empty(8, dtype=weight_dtype, device="cuda")
+                assert rms_norm(x, (8,), weight).dtype == F.rms_norm(x, (8,), weight).dtype, (dtype, weight_dtype)
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+@with_gpu
+def test_autocast_values(device):
+    x, weight = draw((16, 128), torch.bfloat16, device), draw((128,), torch.float32, device)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours, theirs = (gradients_of(lambda x, w, f=f: f(x, (128,), w), (x, weight)) for f in (rms_norm, F.rms_norm))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+MODULES = {
+    "RMSNorm": (RMSNorm, {}, 1),
+    "plain": (RMSNorm, {"elementwise_affine": False}, 1),
+    "AddRMSNorm": (AddRMSNorm, {"weight_offset": 1.0}, 2),
+    "RMSNormGated": (RMSNormGated, {"activation": "gelu", "norm_before_gate": False, "group_size": 16}, 2),
+}
+
+
+@pytest.fixture(params=MODULES.values(), ids=MODULES)
+def module(request, device):
+    """A module with random weights, and arguments for it."""
+    module_class, kwargs, inputs = request.param
+    norm = module_class(64, eps=1e-3, device=device, **kwargs)
+    if norm.weight is not None:
+        torch.nn.init.normal_(norm.weight)
+    return norm, [draw((3, 64), torch.float32, device) for _ in range(inputs)]
+
+
+def saved(value, **options):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda norm: pickle.loads(pickle.dumps(norm)),
+    "save": lambda norm: saved(norm, weights_only=False),
+    "state_dict": lambda norm: _loaded(copy.deepcopy(norm), saved(norm.state_dict(), weights_only=True)),
+    "meta": lambda norm: _materialized(norm, norm.state_dict()),
+    "assign": lambda norm: _assigned(norm, norm.state_dict()),
+}
+
+
+def _loaded(norm, state):
+    for weight in norm.parameters():
+        torch.nn.init.zeros_(weight)
+    norm.load_state_dict(state)
+    return norm
+
+
+def _materialized(norm, state):
+    """Through the meta device and to_empty."""
+    device = next(iter(state.values()), torch.empty(0)).device
+    empty = copy.deepcopy(norm).to("meta")
+    assert all(weight.is_meta for weight in empty.parameters())
+    empty.to_empty(device=device).load_state_dict(state)
+    return empty
+
+
+def _assigned(norm, state):
+    empty = copy.deepcopy(norm).to("meta")
+    empty.load_state_dict(state, assign=True)
+    return empty
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_module_survives(module, duplicate):
+    norm, arguments = module
+    other = duplicate(norm)
+    assert type(other) is type(norm) and repr(other) == repr(norm) and other.state_dict().keys() == norm.state_dict().keys()
+    for ours, theirs in zip(gradients_of(other, arguments), gradients_of(norm, arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_module_built_on_meta(module):
+    """Constructed without memory, then given some: weights are those that reset_parameters makes."""
+    norm, arguments = module
+    with torch.device("meta"):
+        empty = type(norm)(64, eps=1e-3, elementwise_affine=norm.weight is not None, **getattr(norm, "knobs", {}))
+    assert all(weight.is_meta for weight in empty.parameters())
+    outputs = tree_leaves(empty(*[t.to("meta") for t in arguments]))
+    assert all(y.is_meta and y.shape == (3, 64) for y in outputs)
+    empty.to_empty(device=arguments[0].device)
+    empty.reset_parameters()
+    fresh = type(norm)(64, eps=1e-3, elementwise_affine=norm.weight is not None, **getattr(norm, "knobs", {})).to(arguments[0].device)
+    for ours, theirs in zip(gradients_of(empty, arguments), gradients_of(fresh, arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_module_changes_dtype(module, dtype):
+    norm, arguments = module
+    changed = copy.deepcopy(norm).to(dtype)
+    assert all(weight.dtype == dtype for weight in changed.parameters())
+    for output in tree_leaves(changed(*[t.to(dtype) for t in arguments])):
+        assert output.dtype == dtype
+    assert tree_leaves(changed(*arguments))[0].dtype == torch.float32  # of the input, whatever the weight is
+
+
+def test_module_is_inspected(module, device):
+    """Hooks, parametrizations, frozen weights, functional_call, compile(), train and eval: as any module."""
+    norm, arguments = module
+    expected = gradients_of(norm, arguments)
+    seen = []
+    handles = [norm.register_forward_pre_hook(lambda *_: seen.append("pre")), norm.register_forward_hook(lambda *_: seen.append("post"))]
+    norm.register_full_backward_hook(lambda *_: seen.append("backward"))
+    assert all(map(torch.equal, gradients_of(norm, arguments), expected)) and seen == ["pre", "post", "backward"]
+    for handle in handles:
+        handle.remove()
+    if norm.weight is None:
+        return
+    doubled = {"weight": norm.weight.detach() * 2}
+    called = torch.func.functional_call(norm, doubled, tuple(arguments))
+    other = copy.deepcopy(norm)
+    with torch.no_grad():
+        other.weight.mul_(2)
+    assert all(map(torch.equal, tree_leaves(called), tree_leaves(other(*arguments))))
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", Doubled())
+    assert all(map(torch.equal, tree_leaves(norm(*arguments)), tree_leaves(called)))
+    norm.requires_grad_(False)
+    assert not any(y.requires_grad for y in tree_leaves(norm(*arguments)))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(module, use_reentrant, launches):
+    norm, arguments = module
+    expected = gradients_of(norm, arguments)
+    launches.clear()
+    ours = gradients_of(lambda *args: checkpoint(norm, *args, use_reentrant=use_reentrant), arguments)
+    assert all(map(torch.equal, ours, expected))
+    assert [recorded.kernel for recorded in launches].count("_rms_norm_fwd_kernel") == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("of", [lambda norm, x: torch.jit.script(norm), torch.jit.trace], ids=["script", "trace"])
+def test_jit(of, device, launches):
+    """TorchScript cannot call a kernel: it gets torch's own operator, which serializes, for any number of rows."""
+    norm = RMSNorm((4, 16), eps=1e-3, device=device)
+    torch.nn.init.normal_(norm.weight)
+    scripted = of(norm, draw((3, 4, 16), torch.float32, device))
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    x = draw((7, 4, 16), torch.float32, device)
+    launches.clear()
+    for function in (scripted, torch.jit.load(file), torch.jit.freeze(scripted.eval())):
+        torch.testing.assert_close(function(x), F.rms_norm(x, (4, 16), norm.weight, 1e-3))
+        assert "rms_norm" in str(function.graph) or "rms_norm" in str(function.inlined_graph)
+    assert not launches
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_jit_of_functions(device):
+    """A scripted function may call rms_norm, as it may call F.rms_norm; a traced one any of ours."""
+    x, weight = draw((3, 8), torch.float32, device), draw((8,), torch.float32, device)
+    torch.testing.assert_close(torch.jit.script(_scripted)(x, weight), F.rms_norm(x, (8,), weight, 1e-5))
+    for traced in (
+        lambda x: rms_norm(x, (8,), weight_offset=0.0, group_size=2),
+        lambda x: add_rms_norm(x, x.cos(), (8,)),
+        lambda x: rms_norm_gated(x, x.cos(), (8,)),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            ours = tree_leaves(torch.jit.trace(traced, x)(x + 1))
+        for our, their in zip(ours, tree_leaves(traced(x + 1)), strict=True):
+            torch.testing.assert_close(our, their)
+
+
+def _scripted(x: Tensor, weight: Tensor) -> Tensor:
+    return triton_rmsnorm.rms_norm(x, [8], weight, 1e-5)
+
+
+def test_symbolic_trace(module):
+    """torch.fx keeps a call of the function in the graph."""
+    norm, arguments = module
+    traced = torch.fx.symbolic_trace(torch.nn.ModuleDict({"norm": norm})["norm"])
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert {rms_norm, add_rms_norm, rms_norm_gated} & set(targets)
+    assert all(map(torch.equal, gradients_of(traced, arguments), gradients_of(norm, arguments)))
+
+
+class Subclass(Tensor):
+    """Records what its operations are."""
+
+    seen: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_torch_function(function, device):
+    """Subclasses and modes see one call, by the public name, and the result has the class that torch gives it."""
+    tensors = function.draw((3, N), torch.float32, device)
+    Subclass.seen.clear()
+    outputs = tree_leaves(function.ours(tensors[0].as_subclass(Subclass), *tensors[1:]))
+    assert Subclass.seen[0] in (rms_norm, add_rms_norm, rms_norm_gated)
+    assert all(type(y) is Subclass for y in outputs)
+    with torch.device(device):  # a mode
+        moded = tree_leaves(function.ours(*tensors))
+    for ours, other, plain in zip(outputs, moded, tree_leaves(function.ours(*tensors)), strict=True):
+        assert torch.equal(ours.as_subclass(Tensor), plain) and torch.equal(other, plain)
+
+
+def test_plain_subclass_and_parameter(device):
+    class Plain(Tensor):
+        pass
+
+    x = draw((3, N), torch.float32, device)
+    for value in (x.as_subclass(Plain), torch.nn.Parameter(x), torch.nn.Buffer(x)):
+        ours, theirs = rms_norm(value, (N,)), F.rms_norm(value, (N,))
+        assert type(ours) is type(theirs)
+        torch.testing.assert_close(ours, theirs)
+
+
+@with_gpu
+def test_other_stream(function, device):
+    """The launches are on the current stream: they wait for what it waits for, and nothing else."""
+    tensors = function.draw((4096, N), torch.float32, device)
+    expected = gradients_of(function.ours, tensors)
+    stream = torch.cuda.Stream()
+    late = [torch.zeros_like(t) for t in tensors]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for t, value in zip(late, tensors, strict=True):
+            t.copy_(value)
+        ours = gradients_of(function.ours, late)
+    stream.synchronize()
+    assert all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_backward_on_another_device(function):
+    """Also the backward, which autograd's own thread runs, launches where the tensors are."""
+    tensors = function.draw((9, N), torch.float32, torch.device("cuda:1"))
+    expected = gradients_of(function.ours, [t.to("cuda:0") for t in tensors])
+    assert torch.cuda.current_device() == 0
+    for ours, theirs in zip(gradients_of(function.ours, tensors), expected, strict=True):
+        assert ours.device.index == 1 and torch.equal(ours.to("cuda:0"), theirs)
