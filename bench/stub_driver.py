@@ -80,6 +80,7 @@ def stubbed() -> Iterator[Stub]:
         mock.patch.object(launch, "runs_on", lambda device: True),
         mock.patch.object(launch, "device_of", lambda x: DEVICE),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
+        mock.patch.object(torch._C, "_cuda_getDevice", lambda: -1, create=True),  # which is what a CPU tensor says
     ):
         library = _build(Path(folder))
         triton.runtime.driver.set_active(_Driver())

@@ -209,3 +209,51 @@ def test_second_gpu():
     assert torch.cuda.current_device() == 0
     here = run(*(tensor.to("cuda:0") for tensor in (x, weight, dy)))
     assert_same(Results(*(result.to("cuda:0") for result in run(x, weight, dy))), here)
+
+
+class FakeKernel:
+    """Of Triton's: kernel[grid](...) launches on the current device and gives what kernel[grid] launches again."""
+
+    arg_names = ("X",)
+
+    def __init__(self):
+        self.current, self.compiled, self.launched = 0, [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            device, address = self.current, arguments[0].address
+            self.compiled.append((device, address % 16 == 0))
+            return {grid: lambda *arguments, stream: self.launched.append((device, self.current, stream, arguments[0].address))}
+
+        return run
+
+
+class FakePointer:
+    def __init__(self, device: int, address: int):
+        self.get_device, self.data_ptr, self.address = lambda: device, lambda: address, address
+
+
+def test_kernels_are_compiled_once_a_device_and_alignment(monkeypatch):
+    """GPUs of one model share what is prepared, but each has to load the kernel, and is launched on while it is the current one."""
+    kernel = FakeKernel()
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, kernel.current = kernel.current, self.index
+
+        def __exit__(self, *_):
+            kernel.current = self.before
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: kernel.current, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    prepared = launch.Launch(kernel, (1, 1, 1), tuning.Config(1, 64, 4, 1, 1, 1), tuning.SM_90)
+    for _ in range(2):
+        for device, address in ((0, 64), (1, 64), (0, 72), (1, 72)):
+            prepared(FakePointer(device, address))
+    assert kernel.compiled == [(0, True), (1, True), (0, False), (1, False)] and kernel.current == 0
+    assert kernel.launched == [(0, 0, 100, 64), (1, 1, 101, 64), (0, 0, 100, 72), (1, 1, 101, 72)]

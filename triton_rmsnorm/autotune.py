@@ -170,7 +170,7 @@ class _Trial:
 
     def _launches(self, config: Config) -> list[tuple[Launch, list[Tensor | None]]]:
         """The launches in order, with their pointers."""
-        layouts = {name: launch._layout(tensor) for name, tensor in self.inputs.items()}
+        layouts = {name: tensor if tensor is None else launch.Layout(*launch._key(tensor)) for name, tensor in self.inputs.items()}
         x, weight, gate = layouts["X"], layouts["W"], layouts["GATE"]
         scratch = {}
         steps: tuple[Launch | None, ...]

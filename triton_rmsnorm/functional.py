@@ -217,17 +217,20 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
     """The Spec of a call whose arguments fit one another; raises what torch raises where they do not."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    if not isinstance(normalized_shape, Sequence) or not all(_is_size(size) for size in normalized_shape):
+    if type(normalized_shape) is not tuple and not isinstance(normalized_shape, Sequence):
         raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
+    for size in normalized_shape:
+        if type(size) is not int and not _is_size(size):
+            raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
-    if eps is not None and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
+    if eps is not None and type(eps) is not float and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
         eps = _number(eps)
     rest = (tuple(normalized_shape), eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real)
     symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(input) not in (Tensor, Parameter)
     if symbolic:  # sizes that cannot be looked up
         return _fit(input, weight, *rest)
-    return _cached_fit(_metadata(input), _metadata(weight), *rest)
+    return _cached_fit(_key(input), _key(weight), *rest)
 
 
 class _Metadata(NamedTuple):
@@ -238,8 +241,14 @@ class _Metadata(NamedTuple):
     device: torch.device
 
 
-def _metadata(tensor: Tensor | None) -> _Metadata | None:
-    return None if tensor is None else _Metadata(tensor.shape, tensor.dtype, tensor.device)
+def _key(tensor: Tensor | None) -> tuple | None:
+    """The fields of its _Metadata, which itself would take longer to make."""
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+@lru_cache(maxsize=4096)
+def _cached_fit(input: tuple, weight: tuple | None, *rest) -> Spec:
+    return _fit(_Metadata(*input), None if weight is None else _Metadata(*weight), *rest)
 
 
 def _fit(input, weight, normalized_shape, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real) -> Spec:
@@ -267,9 +276,6 @@ def _fit(input, weight, normalized_shape, eps, group_size, weight_offset, x_hat_
     if eps is None:
         eps = torch.finfo(reference.accumulation_dtype(input)).eps
     return Spec(normalized_shape, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
-
-
-_cached_fit = lru_cache(maxsize=4096)(_fit)
 
 
 def _check_beside(name: str, tensor: Tensor, input: Tensor) -> None:

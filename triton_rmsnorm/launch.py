@@ -43,14 +43,16 @@ def forward(
     x: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None, needs_rstd: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [shape of x], rstd [spec.rstd_shape] if it is needed, and x + residual (or None), in one launch."""
-    x, residual, gate, weight = _readable(x, spec), _readable(residual, spec), _readable(gate, spec), _flat(weight)
-    plan = _forward_plan(spec, _layout(x), _layout(weight), device_of(x), _layout(residual), _layout(gate), needs_rstd)
-    y, rstd, residual_out = outputs = [_allocate(buffer, x) for buffer in plan.outputs]
+    plan = _forward_plan(spec, needs_rstd, device_of(x), _key(x), _key(weight), _key(residual), _key(gate))
+    if plan is None:
+        x, residual, gate = (_readable(tensor, spec) for tensor in (x, residual, gate))
+        return forward(x, _readable_weight(weight), spec, residual, gate, needs_rstd)
+    y, rstd, residual_out = _allocate(plan.y, x), _allocate(plan.rstd, x), _allocate(plan.residual_out, x)
     if plan.launch is not None:
         plan.launch(x, residual, gate, weight, y, residual_out, rstd)
     elif rstd is not None:
         rstd.fill_(torch.nan)  # the mean of nothing
-    return tuple(outputs)
+    return y, rstd, residual_out
 
 
 def backward(
@@ -62,13 +64,14 @@ def backward(
     gate: Tensor | None = None,
     dresidual_out: Tensor | None = None,
     x_dtype: torch.dtype | None = None,
-    needs: Needs | None = None,
+    needs: Needs = Needs(),  # noqa: B008
 ) -> Gradients:
     """The gradients that are needed (by default dx and dw), contiguous; arguments as in reference.backward."""
-    dy, dresidual_out, x, gate = _readable(dy, spec), _readable(dresidual_out, spec), _readable(x, spec), _readable(gate, spec)
-    weight = _flat(weight)
-    layouts = (_layout(dy), _layout(x), _layout(weight), _layout(gate), _layout(dresidual_out))
-    plan = _backward_plan(spec, *layouts, x_dtype or x.dtype, needs or Needs(), device_of(x))
+    keys = (_key(dy), _key(x), _key(weight), _key(gate), _key(dresidual_out))
+    plan = _backward_plan(spec, needs, device_of(x), x_dtype or x.dtype, *keys)
+    if plan is None:
+        dy, x, gate, dresidual_out = (_readable(tensor, spec) for tensor in (dy, x, gate, dresidual_out))
+        return backward(dy, x, _readable_weight(weight), rstd, spec, gate, dresidual_out, x_dtype, needs)
     gradients = Gradients(*[_allocate(buffer, x) for buffer in plan.gradients])
     if plan.launches is None:
         if gradients.dw is not None:
@@ -79,9 +82,10 @@ def backward(
     c1, dw_partial = _allocate(plan.c1, x), _allocate(plan.dw_partial, x)
     if c1 is not None:
         plan.launches.c1(dy, x, gate, weight, rstd, c1)
-    plan.launches.main(dy, dresidual_out, x, gate, weight, rstd, c1, gradients.dx, gradients.dresidual, gradients.dgate, dw_partial)
+    dx, dresidual, dgate, dw = gradients
+    plan.launches.main(dy, dresidual_out, x, gate, weight, rstd, c1, dx, dresidual, dgate, dw_partial)
     if dw_partial is not None:
-        plan.launches.sum_partials(dw_partial, gradients.dw)
+        plan.launches.sum_partials(dw_partial, dw)
     return gradients
 
 
@@ -96,19 +100,26 @@ class Launch:
         self.options = {"num_warps": config.num_warps, "num_ctas": config.num_ctas, "enable_fp_fusion": True}
         if device.backend == "cuda":
             self.options["maxnreg"] = config.max_registers
-        self._compiled: dict[tuple[bool, ...], Callable] = {}
+        self._compiled: dict[tuple, Callable] = {}
 
     def __call__(self, *pointers: Tensor | None) -> None:
         if INTERPRETED:
             return _interpret(self, pointers)
-        # Triton compiles for what pointers are divisible by. Everything else that it specializes on is fixed here.
-        aligned = tuple([pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers])
-        run = self._compiled.get(aligned)
-        with torch.cuda.device_of(pointers[0]):
-            if run is None:
-                self._compiled[aligned] = self.kernel[self.grid](*pointers, *self.arguments, **self.options)[self.grid]
-            else:
-                run(*pointers, *self.arguments, stream=torch._C._cuda_getCurrentRawStream(pointers[0].device.index))
+        device = pointers[0].get_device()
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(*pointers)
+        # Triton compiles for what pointers are divisible by, and loads for a device. All else that it specializes on is fixed here.
+        bits = 0
+        for pointer in pointers:
+            if pointer is not None:
+                bits |= pointer.data_ptr()
+        aligned = bits % 16 == 0 or tuple([pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers])
+        run = self._compiled.get((device, aligned))
+        if run is None:
+            self._compiled[device, aligned] = self.kernel[self.grid](*pointers, *self.arguments, **self.options)[self.grid]
+        else:
+            run(*pointers, *self.arguments, stream=torch._C._cuda_getCurrentRawStream(device))
 
 
 _INTERPRETER_LOCK = threading.Lock()  # the interpreter keeps the program id in a global, and autograd has threads of its own
@@ -139,11 +150,14 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    negative: bool = False  # torch's lazy negation: such a tensor is copied
 
 
 class _ForwardPlan(NamedTuple):
     launch: Launch | None  # None: nothing to compute
-    outputs: tuple[Layout | None, ...]  # y, rstd, x + residual
+    y: Layout
+    rstd: Layout | None
+    residual_out: Layout | None
 
 
 class _BackwardPlan(NamedTuple):
@@ -154,29 +168,25 @@ class _BackwardPlan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _forward_plan(
-    spec: Spec, x: Layout, weight: Layout | None, device: tuning.Device, residual: Layout | None, gate: Layout | None, needs_rstd: bool
-) -> _ForwardPlan:
-    outputs = (
+def _forward_plan(spec: Spec, needs_rstd: bool, device: tuning.Device, *keys: tuple | None) -> _ForwardPlan | None:
+    """All of a forward but its pointers; None if some tensor cannot be read in place."""
+    x, weight, residual, gate = (None if key is None else Layout(*key) for key in keys)
+    if not _in_place(spec, weight, x, residual, gate):
+        return None
+    return _ForwardPlan(
+        forward_launch(spec, x, weight, device, residual, gate) if prod(x.shape) else None,
         _contiguous(x.shape, spec.output_dtype(x, weight)),
         _contiguous(spec.rstd_shape(x.shape), accumulation_dtype(x, residual, gate)) if needs_rstd else None,
         _contiguous(x.shape, residual.dtype) if residual else None,
     )
-    return _ForwardPlan(forward_launch(spec, x, weight, device, residual, gate) if prod(x.shape) else None, outputs)
 
 
 @lru_cache(maxsize=4096)
-def _backward_plan(
-    spec: Spec,
-    dy: Layout,
-    x: Layout,
-    weight: Layout | None,
-    gate: Layout | None,
-    dresidual_out: Layout | None,
-    x_dtype: torch.dtype,
-    needs: Needs,
-    device: tuning.Device,
-) -> _BackwardPlan:
+def _backward_plan(spec: Spec, needs: Needs, device: tuning.Device, x_dtype: torch.dtype, *keys: tuple | None) -> _BackwardPlan | None:
+    """All of a backward but its pointers; None if some tensor cannot be read in place."""
+    dy, x, weight, gate, dresidual_out = (None if key is None else Layout(*key) for key in keys)
+    if not _in_place(spec, weight, dy, x, gate, dresidual_out):
+        return None
     needs = needs._replace(dw=needs.dw and weight is not None)
     gradients = (
         _contiguous(x.shape, x_dtype) if needs.dx else None,
@@ -303,7 +313,7 @@ def _values(spec: Spec, config: tuning.Config, tensors: dict[str, Layout | None]
         "M": prod(shape[:outer]),
         "sizes": sizes,
         **{name: units.get(name, ()) for name in tensors},
-        "stride_w": weight.strides[0] if weight else 1,
+        "stride_w": _weight_strides(weight)[-1] if weight else 1,
         "STEPS": steps,
         "N": spec.columns,
         "ROW_ALIGN": row_align,
@@ -328,28 +338,43 @@ def _rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int,
     return sizes[1:], merged
 
 
-def _readable(x: Tensor | None, spec: Spec) -> Tensor | None:
-    """x itself where its normalized dimensions are one contiguous run and its sign is materialized, else a copy."""
-    if x is None or (x.is_contiguous() and not x.is_neg()):
-        return x
-    x = x.resolve_neg()
+def _in_place(spec: Spec, weight: Layout | None, *rows: Layout | None) -> bool:
+    """Whether the kernels can read all of these tensors where they are."""
+    if weight and (weight.negative or (len(_weight_strides(weight)) > 1 and prod(weight.shape))):
+        return False
+    return all(_rows_in_place(x, spec) for x in rows if x)
+
+
+def _rows_in_place(x: Layout, spec: Spec) -> bool:
+    """Whether its normalized dimensions are one contiguous run, and its sign is materialized."""
     run = 1
-    for size, stride in zip(reversed(spec.normalized_shape), reversed(x.stride()), strict=False):
-        if size != 1 and stride != run:
-            return x.contiguous()
+    for size, stride in zip(reversed(spec.normalized_shape), reversed(x.strides), strict=False):
+        if size != 1 and stride != run and prod(x.shape):
+            return False
         run *= size
-    return x
+    return not x.negative
 
 
-def _flat(weight: Tensor | None) -> Tensor | None:
-    """The weight as one dimension: a view, with any stride, unless its dimensions cannot be merged."""
-    if weight is None or (weight.dim() == 1 and not weight.is_neg()):
-        return weight
-    return weight.resolve_neg().reshape(-1)
+def _weight_strides(weight: Layout) -> tuple[int, ...]:
+    """Its strides after the dimensions are merged: one, unless they cannot be."""
+    _, (strides,) = _rows(weight.shape, weight.strides)
+    return strides
 
 
-def _layout(x: Tensor | None) -> Layout | None:
-    return None if x is None else Layout(x.shape, x.stride(), x.dtype)
+def _readable(x: Tensor | None, spec: Spec) -> Tensor | None:
+    """x itself where its rows can be read in place, else a copy."""
+    if x is None or _rows_in_place(Layout(*_key(x)), spec):
+        return x
+    return x.resolve_neg().contiguous()
+
+
+def _readable_weight(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.resolve_neg().contiguous()
+
+
+def _key(x: Tensor | None) -> tuple | None:
+    """The fields of its Layout, which itself would take longer to make."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.is_neg())
 
 
 def device_of(x: Tensor) -> tuning.Device:

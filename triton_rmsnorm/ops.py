@@ -132,7 +132,11 @@ def normalize(
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # here and in _direct, any() and all() would take longer
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _forward_mode(*tensors: Tensor | None) -> bool:
@@ -153,12 +157,12 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 def _direct(*tensors: Tensor | None) -> bool:
     """Whether nothing but the kernels has to see the call."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def _is_vmapped(tensor: Tensor | None) -> bool:

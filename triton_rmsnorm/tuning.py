@@ -19,6 +19,9 @@ class Device:
     shared_memory: int  # bytes that one program may have
     max_ctas: int = 1  # thread blocks a row may be spread over; more than 1 needs sm_90 and Triton 3.8 (DSMEM reductions)
 
+    def __hash__(self) -> int:  # each call looks its launches up by device
+        return hash(self.name)
+
 
 # What tests and the audit stand in for without the hardware.
 SM_80 = Device("sm_80", "cuda", num_sms=108, shared_memory=163 * 1024)
