@@ -267,10 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n", action="append", type=int, choices=GRID, metavar="N", help="only rows of so many columns; may be repeated")
     parser.add_argument("--jobs", type=int, help="processes; by default one a core")
     parser.add_argument("--json", type=Path, help="write all that was found to this file")
-    parser.add_argument("--freeze", action="store_true", help="keep the figures of the whole grid for the tests to compare")
+    parser.add_argument("--freeze", action="store_true", help="keep the figures, of the grid or with --quick of its part, for tests")
     options = parser.parse_args(arguments)
-    if options.freeze and (options.quick or options.target or options.variant or options.n):
-        parser.error("--freeze needs the whole grid")
+    if options.freeze and (options.target or options.variant or options.n):
+        parser.error("--freeze takes no part but --quick")
 
     chosen = [
         problem
