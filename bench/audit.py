@@ -130,14 +130,14 @@ def read_once(target: str, problem: Problem) -> int:
 def may_spill(target: str, problem: Problem) -> float:
     """Bytes a thread: none on sm_90 and sm_100, but for rows where a second read would cost more (compiled). These are
 
-    - without clusters (Triton before 3.8), the longer half of those that are read once;
+    - without clusters (Triton before 3.8), the longer half of those that are to be read once, and longer ones;
     - with clusters, the backward of a gate around which values are rounded, beyond 65536 columns.
     """
     once, variant = read_once(target, problem), VARIANTS[problem.variant]
     if target not in ("sm_90", "sm_100"):
         return inf
     if TARGETS[target].device.max_ctas == 1:
-        return 128 if once // 2 < problem.n <= once else 0
+        return 192 if problem.n > once // 2 else 0
     rounded_gate = problem.direction == "backward" and variant.gate and "x_hat_dtype" in variant.steps
     return 176 if rounded_gate and once // 2 < problem.n <= once else 0
 
@@ -154,7 +154,9 @@ def broken_rules(row: Row) -> list[str]:
         for name, width in kernel.widths.items():
             if width < kernel.aligned[name]:
                 broken.append(f"{kernel.name} accesses {name} by {width} bytes, not {kernel.aligned[name]}")
-        if kernel.resident < (kernel.per_sm if kernel.persistent else 1):
+        if kernel.resident < (
+            kernel.per_sm if kernel.persistent and kernel.grid[0] > 1 else 1
+        ):  # one for each block of columns there must be
             broken.append(f"{kernel.name} has {kernel.per_sm:.2f} thread blocks an SM, of which {kernel.resident} fit")
     if problem.n <= read_once(row.target, problem):
         broken += [f"{name} is read {times:.3f} times" for name, times in row.reads.items() if times != 1]

@@ -60,7 +60,7 @@ FEWER_ELEMENTS_PER_THREAD = 16
 # roundings around a gate spill 170 bytes a thread, of which all stay in L1). Longer rows take clusters.
 FORWARD_ELEMENTS_PER_CTA = 16384
 BACKWARD_ELEMENTS_PER_CTA = 8192
-# Where there are no clusters, twice as many: 50 to 110 spilled bytes a thread, mostly loop invariants that are loaded again from L1, cost
+# Where there are no clusters, twice as many: 50 to 180 spilled bytes a thread, mostly loop invariants that are loaded again from L1, cost
 # less than reading rows a second time (compiled).
 SPILLING_FACTOR = 2
 # Columns a step where a row is walked in blocks.
@@ -95,15 +95,18 @@ def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device, 
     """
     budget = _program_budget(FORWARD_OVERHEAD, (loads + stores) * itemsize, weight_itemsize)
     # Two programs an SM overlap one's reduction with the other's loads; where the weight allows only one, it gets the tile of both. With
-    # a gate or in fp64 a program that holds 8192 columns leaves no registers for a second one (compiled).
+    # a gate or in fp64, and with a residual on sm_80, a program that holds 8192 columns leaves no registers for a second one (compiled).
     doubled = max(itemsize, weight_itemsize) == 8
-    per_sm = 2 if n <= (4096 if doubled or loads > stores else 8192) and budget >= 2 * device.num_sms else 1
+    crowded = doubled or loads > stores or (loads > 1 and device.max_ctas == 1)
+    per_sm = 2 if n <= (4096 if crowded else 8192) and budget >= 2 * device.num_sms else 1
+    # With a gate, blocks of a cluster that hold 16384 columns would spill 8 to 32 bytes a thread where some are masked (compiled).
+    halved = loads > stores and not doubled and n > FORWARD_ELEMENTS_PER_CTA and device.max_ctas > 1
     return _config(
         n,
         loads * itemsize,
         reloaded=weight_itemsize,
         tile=8192 // per_sm,
-        capacity=FORWARD_ELEMENTS_PER_CTA,
+        capacity=FORWARD_ELEMENTS_PER_CTA // 2 if halved else FORWARD_ELEMENTS_PER_CTA,
         many_registers=doubled,
         stretches=False,
         programs_per_sm=per_sm,
