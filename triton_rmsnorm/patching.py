@@ -29,22 +29,35 @@ Target = nn.Module | type[nn.Module] | str
 
 @dataclass(frozen=True)
 class Row:
-    """Modules of one class with one outcome."""
+    """Modules of one class with one outcome.
 
-    cls: type  # the original's
-    semantics: str  # what they compute; empty if that is not known
+    Args:
+        cls: the original class.
+        semantics: what they compute; empty if that is not known.
+        count: how many modules.
+        status: "replaced", "replaced before" or "left alone"; of a class "to come": instances will be replaced when they are built; of
+            layers whose residual add is taken into a norm "fused" or "fused before".
+        reason: why they were left alone.
+        resembles: whether they are RMS norms, or look like such.
+        names: of the modules in the model.
+    """
+
+    cls: type
+    semantics: str
     count: int
-    # "replaced", "replaced before", "left alone"; of a class "to come": instances will be replaced when they are built; of layers whose
-    # residual add is taken into a norm "fused", "fused before"
     status: str
-    reason: str = ""  # why they were left alone
-    resembles: bool = False  # they are RMS norms, or look like such
-    names: tuple[str, ...] = ()  # of the modules in the model
+    reason: str = ""
+    resembles: bool = False
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `patch` did and did not do, and why. Prints as a table; `rows` is the data."""
+    """What `patch` did and did not do, and why; it prints as a table.
+
+    Args:
+        rows: one for the modules of one class with one outcome.
+    """
 
     rows: tuple[Row, ...]
 
@@ -103,6 +116,12 @@ def unpatch(target: Target) -> None:
     A class, or a model type, is undone for all instances, also those of models that were patched as such. Fused layers whose norms are
     undone alone add and normalize one after another again.
 
+    Args:
+        target: as in patch.
+
+    Returns:
+        None.
+
     Raises:
         TypeError, ValueError, ImportError: as `patch`.
         RuntimeError: a replaced norm or layer has been given yet another class since, as fully_shard does; that has to be undone first.
@@ -116,7 +135,17 @@ def unpatch(target: Target) -> None:
 
 @contextmanager
 def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Iterator[Report]:
-    """`patch` for the length of a with statement. What it replaced is restored at the end, also after an exception; nothing else is."""
+    """`patch` for the length of a with statement. What it replaced is restored at the end, also after an exception; nothing else is.
+
+    Args:
+        target, strict, fuse_residual: as in patch.
+
+    Returns:
+        A context manager, whose value is the report.
+
+    Raises:
+        As patch; and at the end as unpatch.
+    """
     report, modules, constructors = _patch(target, strict, fuse_residual)
     try:
         yield report
