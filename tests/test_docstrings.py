@@ -1,4 +1,4 @@
-"""The docstrings of public names: a sentence, the formula, arguments with shape, dtype and unit, what is returned and raised, the source."""
+"""Docstrings of public names: a sentence, the formula, arguments with shape, dtype and unit, what is returned and raised, the source."""
 
 import builtins
 import inspect
