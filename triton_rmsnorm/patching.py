@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import nn
@@ -236,7 +237,7 @@ def _wrapped(module: nn.Module, advice: str) -> str:
     return ""
 
 
-def _distributed(thing) -> bool:
+def _distributed(thing: Any) -> bool:
     return str(getattr(inspect.unwrap(getattr(thing, "func", thing)), "__module__", "")).startswith("torch.distributed.")
 
 
@@ -327,11 +328,11 @@ def _replace_constructor(cls: type[nn.Module]) -> bool:
     original = cls.__init__
 
     @functools.wraps(original)
-    def __init__(self, *args, **kwargs):  # noqa: N807
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
         if type(self) is cls:
             row, norm = _outcome(self)
-            if row is not None and row.status == "replaced":
+            if row is not None and norm is not None and row.status == "replaced":
                 self.__class__ = replacement(cls, norm)
                 constructor.built.add(self)
 
