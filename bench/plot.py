@@ -1,6 +1,7 @@
-"""`python -m bench.plot [FILE ...]`: draws results of bench.run, by default the newest, and prints them as a table with wins and losses.
+"""`python -m bench.plot [FILE ...]`: draws results, by default the newest of bench.run and of bench.audit; those of runs are printed, too.
 
-The picture, beside the first file: GB/s over N with the ceiling, and ours against the best peer; forward left, backward right.
+Of bench.run, beside the first file: GB/s over N with the ceiling, and ours against the best peer; forward left, backward right. Of
+bench.audit, which is no speed, beside each: bytes moved over N, and registers and spills of every variant.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
+from bench import plot_audit
 from bench.problems import DIRECTIONS, Problem, rows
 from bench.providers import CEILING, OURS, PROVIDERS
 
@@ -117,13 +119,11 @@ def _times(ratio: float | None) -> str:
 
 
 def draw(runs: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     compared, about = comparisons(runs), runs[-1]["metadata"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharex=True, sharey="row", layout="constrained")
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for direction, (speeds, ratios) in zip(DIRECTIONS, axes.T, strict=False):
         here = sorted((c for c in compared if c.problem.direction == direction), key=lambda c: c.problem.n)
         plain = [c for c in here if c.problem == Problem(rows(c.problem.n), c.problem.n, direction)]
@@ -160,21 +160,30 @@ def draw(runs: list[dict], path: Path) -> None:
             axis.legend(fontsize=8)
     figure.suptitle(f"RMSNorm on {about['gpu']}, torch {about['torch']}, Triton {about['triton']}, L2 cold, {about['date'][:10]}")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+
+
+def newest_run() -> Path | None:
+    return max(RESULTS.glob("run-*.json"), key=lambda file: file.stem.split("-")[-1], default=None)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="*", type=Path)
-    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("run-*.json"), key=lambda file: file.stem.split("-")[-1])[-1:]
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="run-*.json, which are taken together, or audit-*.json")
+    files = parser.parse_args(arguments).files or [file for file in (newest_run(), plot_audit.newest(RESULTS)) if file]
     if not files:
         print(f"There are no results in {RESULTS}: python -m bench.run makes them.")
         return 1
-    runs = [json.loads(file.read_text()) for file in files]
-    picture = files[0].with_suffix(".png")
-    draw(runs, picture)
-    print(report(runs))
-    print(f"\n{picture}")
+    audits = [file for file in files if file.name.startswith("audit-")]
+    if measured := [file for file in files if file not in audits]:
+        runs = [json.loads(file.read_text()) for file in measured]
+        picture = measured[0].with_suffix(".png")
+        draw(runs, picture)
+        print(report(runs))
+        print(f"\n{picture}")
+    for file in audits:
+        picture = file.with_name(f"{file.stem}.png")
+        plot_audit.picture(json.loads(file.read_text())).savefig(picture, dpi=110)
+        print(picture)
     return 0
 
 
