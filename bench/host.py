@@ -136,7 +136,7 @@ def result(problem: Problem, times: dict[str, HostTimes], gpu: bool) -> dict:
     return {
         "metadata": metadata() | {"cpu": _cpu()},
         "driver": driver,
-        "problem": str(problem),
+        "problem": f"{problem.m} x {problem.n}, {problem.dtype}",
         "us": {name: {what: round(us, 2) for what, us in found._asdict().items()} for name, found in times.items()},
     }
 
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
             profile(data, found["ours: RMSNorm"])
     measured = result(problem, times, gpu)
     about = ", ".join(f"{key} {value}" for key, value in measured["metadata"].items() if value)
-    table = Table("µs a call", "forward, no grad", "forward", "forward and backward", caption=f"{problem}; {about}")
+    table = Table("µs a call", "forward, no grad", "forward", "forward and backward", caption=f"{measured['problem']}; {about}")
     for name, calls in measured["us"].items():
         table.add_row(name, *(f"{us:.1f}" for us in calls.values()))
     Console(width=120).print(table)

@@ -9,11 +9,14 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench import plot_audit
 from bench.problems import DIRECTIONS, Problem, rows
 from bench.providers import CEILING, OURS, PROVIDERS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each.
@@ -118,11 +121,11 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def draw(runs: list[dict], path: Path) -> None:
+def draw(runs: list[dict]) -> "Figure":
     from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     compared, about = comparisons(runs), runs[-1]["metadata"]
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(9.8, 7.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for direction, (speeds, ratios) in zip(DIRECTIONS, axes.T, strict=False):
         here = sorted((c for c in compared if c.problem.direction == direction), key=lambda c: c.problem.n)
@@ -159,7 +162,7 @@ def draw(runs: list[dict], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.suptitle(f"RMSNorm on {about['gpu']}, torch {about['torch']}, Triton {about['triton']}, L2 cold, {about['date'][:10]}")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def newest_run() -> Path | None:
@@ -177,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     if measured := [file for file in files if file not in audits]:
         runs = [json.loads(file.read_text()) for file in measured]
         picture = measured[0].with_suffix(".png")
-        draw(runs, picture)
+        draw(runs).savefig(picture, dpi=150)
         print(report(runs))
         print(f"\n{picture}")
     for file in audits:

@@ -403,7 +403,7 @@ import sys
 import matplotlib
 from bench import plot
 matplotlib.use("svg")
-plot.draw([{"metadata": {"gpu": "none", "torch": "2", "triton": "3", "date": "2026-01-01"}, "rows": []}], sys.argv[1])
+plot.draw([{"metadata": {"gpu": "none", "torch": "2", "triton": "3", "date": "2026-01-01"}, "rows": []}]).savefig(sys.argv[1])
 print(matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
 """
     command = [sys.executable, "-c", code, tmp_path / "nothing.png"]
@@ -411,8 +411,8 @@ print(matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
 
 
 def test_plot_of_what_is_there(tmp_path):
-    plot.draw([made_up(row(LARGE[0], OURS, 100))], tmp_path / "little.png")
-    plot.draw([made_up()], tmp_path / "nothing.png")
+    for rows in ([row(LARGE[0], OURS, 100)], []):
+        plot.draw([made_up(*rows)]).savefig(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=str)
