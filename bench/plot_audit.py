@@ -154,6 +154,7 @@ def _registers(axes: "Axes", found: Mapping[Key, Frozen], target: str) -> None:
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     axes.set_xlabel("N (columns a row)")
+    axes.grid(False)
     spills = "framed: spilled bytes a thread" if (spilled > 0).any() else "nothing is spilled"
     axes.set_title(f"{target}: registers a thread; {spills}", fontsize=10)
     axes.figure.colorbar(shown, ax=axes, pad=0.01, aspect=30, label=f"registers a thread (of {_MOST_REGISTERS})")
@@ -200,6 +201,7 @@ def heat_maps(frozen: dict) -> "Figure":
                 axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=_ink(value, top))
         axes.set_yticks(range(len(lines)), [" ".join(line) for line in lines], fontsize=9)
         axes.set_title(title, fontsize=10)
+        axes.grid(False)
         figure.colorbar(shown, ax=axes, pad=0.01, aspect=12)
     grid[-1].set_xticks(range(len(columns)), columns, rotation=90)
     grid[-1].set_xlabel("N (columns a row)")
