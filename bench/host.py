@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     Console(width=120).print(table)
     if options.json:
         path = save(measured, RESULTS)
-        draw_times(measured).savefig(path.with_suffix(".png"), dpi=110)
+        draw_times(measured).savefig(path.with_suffix(".png"), dpi=130)
         print(f"{path}, {path.with_suffix('.png')}")
     return 0
 

@@ -1,12 +1,14 @@
 """`python -m bench.plot [FILE ...]`: draws results, by default the newest of bench.run and of bench.audit; those of runs are printed, too.
 
 Of bench.run, beside the first file: GB/s over N with the ceiling, and ours against the best peer; forward left, backward right. Of
-bench.audit, which is no speed, beside each: bytes moved over N, and registers and spills of every variant.
+bench.audit, which is no speed, beside each: bytes moved over N, and registers and spills of every variant. Files of bench.host and
+bench.train are drawn again as they were.
 """
 
 import argparse
+import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, NamedTuple
@@ -171,23 +173,34 @@ def newest_run() -> Path | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="run-*.json, which are taken together, or audit-*.json")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="run-*.json, which are taken together, or others")
     files = parser.parse_args(arguments).files or [file for file in (newest_run(), plot_audit.newest(RESULTS)) if file]
     if not files:
         print(f"There are no results in {RESULTS}: python -m bench.run makes them.")
         return 1
-    audits = [file for file in files if file.name.startswith("audit-")]
-    if measured := [file for file in files if file not in audits]:
+    pictures = {file: drawer for file in files if (drawer := _drawer(file))}
+    if measured := [file for file in files if file not in pictures]:
         runs = [json.loads(file.read_text()) for file in measured]
         picture = measured[0].with_suffix(".png")
         draw(runs).savefig(picture, dpi=150)
         print(report(runs))
         print(f"\n{picture}")
-    for file in audits:
+    for file, drawer in pictures.items():
         picture = file.with_name(f"{file.stem}.png")
-        plot_audit.picture(json.loads(file.read_text())).savefig(picture, dpi=110)
+        drawer(json.loads(file.read_text())).savefig(picture, dpi=130)
         print(picture)
     return 0
+
+
+def _drawer(file: Path) -> "Callable[[dict], Figure] | None":
+    """What draws a file that is not of bench.run, by the first part of its name."""
+    if file.name.startswith("audit-"):
+        return plot_audit.picture
+    if file.name.startswith("host-"):
+        return importlib.import_module("bench.host").draw_times
+    if file.name.startswith("train-"):
+        return importlib.import_module("bench.compare_training").draw
+    return None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import compare_training, train, training
+from bench import compare_training, plot, train, training
 from bench.compare_training import BASELINE, Run
 
 SHORT = ["--compare", "--steps", "3", "--batch", "4", "--seq-len", "32"]
@@ -68,6 +68,9 @@ def test_all_that_can_happen(providers, tmp_path, capsys, launches):
         assert 0 < low <= median <= high and run["tokens_per_second"] == pytest.approx(4 * 32 / median)
 
     printed = capsys.readouterr()
+    (path,) = tmp_path.glob("train-*.json")
+    path.with_suffix(".png").unlink()
+    assert plot.main([str(path)]) == 0 and path.with_suffix(".png").exists()
     assert "absent: No module named" in printed.out and "out of memory" in printed.out and "--batch 2" in printed.out
     assert "ours: 100%" in printed.err
 
