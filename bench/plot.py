@@ -6,14 +6,13 @@ bench.train are drawn again as they were.
 """
 
 import argparse
-import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench import plot_audit
+from bench import compare_training, host, plot_audit
 from bench.problems import DIRECTIONS, Problem, rows
 from bench.providers import CEILING, OURS, PROVIDERS
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+DRAWERS = {"audit": plot_audit.picture, "host": host.draw_times, "train": compare_training.draw}  # by the first word of a file's name
 # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each.
 _STYLES = {
     OURS: ("#D55E00", "o"),
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not files:
         print(f"There are no results in {RESULTS}: python -m bench.run makes them.")
         return 1
-    pictures = {file: drawer for file in files if (drawer := _drawer(file))}
+    pictures = {file: DRAWERS[kind] for file in files if (kind := file.name.split("-")[0]) in DRAWERS}
     if measured := [file for file in files if file not in pictures]:
         runs = [json.loads(file.read_text()) for file in measured]
         picture = measured[0].with_suffix(".png")
@@ -190,17 +190,6 @@ def main(arguments: list[str] | None = None) -> int:
         drawer(json.loads(file.read_text())).savefig(picture, dpi=130)
         print(picture)
     return 0
-
-
-def _drawer(file: Path) -> "Callable[[dict], Figure] | None":
-    """What draws a file that is not of bench.run, by the first part of its name."""
-    if file.name.startswith("audit-"):
-        return plot_audit.picture
-    if file.name.startswith("host-"):
-        return importlib.import_module("bench.host").draw_times
-    if file.name.startswith("train-"):
-        return importlib.import_module("bench.compare_training").draw
-    return None
 
 
 if __name__ == "__main__":
