@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,20 @@ def test_what_fits():
     assert "only a smaller model" in compare_training.what_fits(job, 24 * GIB, 24 * GIB, 24 * GIB)
     # What was taken when the memory ran out says less than a step that got through, but never that nothing needs to be smaller.
     assert compare_training.what_fits(job, 8 * GIB, 80 * GIB, 70 * GIB).startswith("--batch 2 --seq-len 4096")
+
+
+def test_advice_on_a_gpu(monkeypatch):
+    job = replace(training.PRESETS["1b"], device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    parameters = training.count_parameters(job)
+    assert 0.9e9 < parameters < 1.1e9
+    assert compare_training.advice(job, {BASELINE: Run("measured", peak_bytes=70 * GIB)}) == ""
+    advice = compare_training.advice(
+        job, {BASELINE: Run("out of memory", peak_bytes=79 * GIB), "ours": Run("measured", peak_bytes=75 * GIB)}
+    )
+    fixed = 4 * 2 * parameters / GIB  # parameters, gradients and two moments, two bytes each
+    estimate = fixed + (79 - fixed) / 2
+    assert advice.startswith(f"--batch 2 --seq-len 4096 should fit: about {estimate:.1f} of 80.0 GiB, of which {fixed:.1f}")
 
 
 @pytest.mark.parametrize(
