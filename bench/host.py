@@ -11,6 +11,7 @@ the floor.
 import argparse
 import cProfile
 import json
+import os
 import platform
 import pstats
 import re
@@ -134,7 +135,8 @@ def _stub():
 def result(problem: Problem, times: dict[str, HostTimes], gpu: bool) -> dict:
     driver = "the GPU's" if gpu else "stubbed: Triton's launches end in a driver that does nothing"
     return {
-        "metadata": metadata() | {"cpu": _cpu()},
+        "metadata": metadata()
+        | {"cpu": f"{os.cpu_count()} x {_cpu()}", "load": round(os.getloadavg()[0], 1)},  # what else ran slows calls down
         "driver": driver,
         "problem": f"{problem.m} x {problem.n}, {problem.dtype}",
         "us": {name: {what: round(us, 2) for what, us in found._asdict().items()} for name, found in times.items()},
@@ -181,7 +183,7 @@ def draw_times(result: dict) -> "Figure":
     axes.grid(axis="x", alpha=0.3)
     versions = ", ".join(f"{key} {about[key]}" for key in ("triton_rmsnorm", "torch", "triton"))
     where = f"{about['gpu']}, driver {about['driver']}" if about["gpu"] != "none" else "no GPU, the driver is a stub that does nothing"
-    figure.suptitle(f"{result['problem']}; {where}\n{about['cpu']}, {versions}, {about['date'][:10]}", fontsize=9)
+    figure.suptitle(f"{result['problem']}; {where}\n{about['cpu']}, load {about['load']}, {versions}, {about['date'][:10]}", fontsize=9)
     return figure
 
 
