@@ -102,7 +102,8 @@ def _asked_for_ahead(target: str, problem: Problem, recorded: Launches) -> float
 
 
 def about(frozen: dict) -> str:
-    return ", ".join(f"{key.capitalize()} {value}" for key, value in frozen.items() if key != "figures")
+    parts = [f"Triton {frozen['triton']}", f"commit {frozen['commit'][:8]}" if "commit" in frozen else "", frozen.get("date", "")[:10]]
+    return ", ".join(part for part in parts if part)
 
 
 def picture(frozen: dict, target: str = "sm_90") -> "Figure":
@@ -116,11 +117,12 @@ def picture(frozen: dict, target: str = "sm_90") -> "Figure":
     for i, direction in enumerate(("forward", "backward")):
         left = axes = figure.add_subplot(grid[0, i], sharey=left)
         for name, (colour, marker, line) in _STYLES.items():
-            points = {p.n: 1 + row.beyond for (of, p), row in plain.items() if (of, p.direction) == (name, direction)}
+            points = {p.n: 100 * row.beyond for (of, p), row in plain.items() if (of, p.direction) == (name, direction)}
             style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.3}
             axes.plot(*zip(*sorted(points.items()), strict=True), label=name, **style) if points else None
-        axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks((64, 256, 1024, 4096, 16384, 65536))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.tick_params(labelsize=9)
@@ -128,7 +130,7 @@ def picture(frozen: dict, target: str = "sm_90") -> "Figure":
         axes.set_title(f"{direction} of the plain norm", fontsize=10)
         axes.grid(alpha=0.3)
         if i == 0:
-            axes.set_ylabel("bytes moved / least possible")
+            axes.set_ylabel("bytes moved beyond\nthe least possible (%)")
             axes.legend(frameon=False, fontsize=9)
     _registers(figure.add_subplot(grid[1, :]), rows(frozen, (target,), tuple(VARIANTS)), target)
     figure.suptitle(f"Compiled and counted without a GPU, which is no speed. {about(frozen)}; bf16, {ROWS} rows", fontsize=11)

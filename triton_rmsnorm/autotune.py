@@ -171,7 +171,8 @@ class _Trial:
 
     def _launches(self, config: Config) -> list[tuple[Launch, list[Tensor | None]]]:
         """The launches in order, with their pointers."""
-        layouts = {name: tensor if tensor is None else launch.Layout(*launch._key(tensor)) for name, tensor in self.inputs.items()}
+        keys = {name: launch._key(tensor) for name, tensor in self.inputs.items()}
+        layouts = {name: None if key is None else launch.Layout(*key) for name, key in keys.items()}
         x, weight, gate = layouts["X"], layouts["W"], layouts["GATE"]
         scratch = {}
         steps: tuple[Launch | None, ...]
