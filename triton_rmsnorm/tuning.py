@@ -147,7 +147,19 @@ def _program_budget(overhead: float, row_bytes: int, program_bytes: int) -> int:
     return int(overhead * OVERHEAD_ROWS * row_bytes / program_bytes) if program_bytes else 1 << 16
 
 
-def _config(n, loaded, *, reloaded, tile, capacity, many_registers, stretches, programs_per_sm, budget, device) -> Config:
+def _config(
+    n: int,
+    loaded: int,
+    *,
+    reloaded: int,
+    tile: int,
+    capacity: int,
+    many_registers: bool,
+    stretches: bool,
+    programs_per_sm: int,
+    budget: int,
+    device: Device,
+) -> Config:
     """`loaded` bytes are read for each column of a row, and `reloaded` bytes more where it is walked in blocks.
 
     `stretches`: a thread that is given fewer elements, since they take many registers, may be given all where a row fits no other way.
