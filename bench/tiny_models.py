@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,9 +92,17 @@ def model_types() -> list[str]:
     return list(CONFIG_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, **fields) -> PreTrainedConfig:
-    """The default configuration of a model type with every size shrunk; `fields` are set as they are."""
-    return _shrunk(CONFIG_MAPPING[model_type], fields)
+def unknown(name: str) -> str:
+    """Why `name` is no model type, if so."""
+    if name in CONFIG_MAPPING_NAMES:
+        return ""
+    close = get_close_matches(name, CONFIG_MAPPING_NAMES) or ["llama", "t5"]
+    return f"must be a model type of transformers, such as {' or '.join(close)}, got {name}"
+
+
+def tiny_config(model_type: str | type[PreTrainedConfig], **fields) -> PreTrainedConfig:
+    """The default configuration of a model type, or of a class, with every size shrunk; `fields` are set as they are."""
+    return _shrunk(CONFIG_MAPPING[model_type] if isinstance(model_type, str) else model_type, fields)
 
 
 def tiny_model(model_type: str, seed: int = 0, **fields) -> PreTrainedModel:

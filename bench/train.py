@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
@@ -171,12 +170,11 @@ def new_model(job: Job) -> nn.Module:
 
 def unfit(job: Job) -> str:
     """Why a tiny model of a type cannot be trained on text, if so, or shows nothing about norms."""
-    from bench.tiny_models import model_types
+    from bench.tiny_models import unknown
     from triton_rmsnorm import patch
 
-    if job.model not in model_types():
-        close = get_close_matches(job.model, model_types()) or ["llama", "t5"]
-        return f"must be a model type of transformers, such as {' or '.join(close)}, got {job.model}"
+    if reason := unknown(job.model):
+        return reason
     tokens = torch.arange(32, 64)[None]  # bytes that text has
     try:
         model = new_model(replace(job, device=CPU))
