@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 if not torch.cuda.is_available():
@@ -222,7 +223,7 @@ def _variants(cls: type, package: str) -> list[dict]:
         if type(parameter.default) is bool:
             choices[name] = (True, False)
         elif name == "config":
-            choices[name] = (parameter.annotation if isinstance(parameter.annotation, type) else package.rpartition(".")[2],)
+            choices[name] = (parameter.annotation if _is_config(parameter.annotation) else package.rpartition(".")[2],)
         elif "group_size" in name:
             choices[name] = (16, 64) if required else (None, 16)
         elif "n_groups" in name:
@@ -230,6 +231,10 @@ def _variants(cls: type, package: str) -> list[dict]:
         elif name in ("dim", "hidden_size") or (required and "eps" not in name):
             choices[name] = (64,)
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def _is_config(annotation) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, PreTrainedConfig)
 
 
 def _class_outcome(cls: type, arguments: dict) -> dict:
@@ -242,7 +247,7 @@ def _class_outcome(cls: type, arguments: dict) -> dict:
         return outcome | ({"status": "not built", "reason": _message(error)} if named else {"status": "no norm"})
     if recognize(module) is None:
         return outcome | {"status": "no norm"}
-    (row,) = patch(copy.deepcopy(module)).rows
+    row = next(row for row in patch(copy.deepcopy(module)).rows if row.cls is cls)
     outcome |= _row(row)
     if row.status == "replaced":
         outcome["differs"] = _compare_alone(module)
@@ -368,10 +373,9 @@ def main(argv: list[str] | None = None) -> int:
     for reason in filter(None, map(unknown, args.types or ())):
         parser.error(f"--types {reason}")
 
-    start = time.perf_counter()
     results = run(args.types or model_types(), args.workers)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    took = f"{time.perf_counter() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of processor time"
+    took = f"{usage.ru_utime + usage.ru_stime:.0f} s of processor time in {args.workers} processes"
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     text = page(results, took)
