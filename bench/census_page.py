@@ -157,7 +157,7 @@ def _class_lines(of_norms: dict[str, list[dict]]) -> list[tuple]:
     for name, ones in of_norms.items():
         outcomes = defaultdict(list)
         for one in ones:
-            reason = f"{one['status']}: {one['reason']}" if one["reason"] else one["status"]
+            reason = f"{one['status']}: {_short(one['reason'])}" if one["reason"] else one["status"]
             outcomes[one.get("semantics", ""), reason].append(one)
         for (semantics, outcome), same in outcomes.items():
             built = _switches(same) if len(outcomes) > 1 else ""
@@ -219,8 +219,12 @@ def _model_line(model: dict) -> tuple:
     return model["type"], model["parameters"], sum(row["count"] for row in replaced), _fused(model), semantics, *parts
 
 
+def _short(reason: str) -> str:
+    return reason if len(reason) <= 100 else f"{reason[:97]}..."
+
+
 def _by_reason(models: list[dict]) -> list[tuple]:
     reasons = defaultdict(list)
     for model in models:
-        reasons[f"{model['stage']}: {model.get('error', '')}"].append(model["type"])
+        reasons[f"{model['stage']}: {_short(model['error'])}"].append(model["type"])
     return sorted(((reason, ", ".join(types)) for reason, types in reasons.items()), key=lambda row: (-len(row[1]), row))
