@@ -21,40 +21,38 @@ import importlib
 import inspect
 import itertools
 import json
-import multiprocessing
 import os
 import pkgutil
-import platform
-import re
 import resource
 import signal
 import sys
 import time
 import traceback
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-from bench.tiny_models import model_types, tiny_batch, tiny_config, tiny_model
-from triton_rmsnorm import patch, patched, unpatch
+from bench.census_page import differences, page
+from bench.tiny_models import model_types, tiny_batch, tiny_config, tiny_model, unknown
+from bench.workers import in_processes
+from triton_rmsnorm import patch, unpatch
 from triton_rmsnorm.recognition import agree, may_be_norm, recognize
 from triton_rmsnorm.replacement import is_replacement
 from triton_rmsnorm.semantics import evaluate
 
 PAGE = Path(__file__).parent.parent / "docs" / "hf_census.md"
-SECONDS = 120  # for one model type
+SECONDS = 120  # of processor time for one task
+HANGS = 600  # seconds after which a process is given up
 CONTROLS = 8  # when the first does not decide
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -67,6 +65,7 @@ def census(model_type: str) -> dict:
         model = tiny_model(model_type).eval()
         result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        result["stage"] = "patch"
         report = patch(model, fuse_residual=True)
         result["rows"] = [_row(row) for row in report.rows if not _is_layer(row)]
         result["layers"] = [_row(row) for row in report.rows if _is_layer(row)]
@@ -93,15 +92,16 @@ def compare(model: nn.Module, batch: dict, dtype: torch.dtype, fused: nn.Module 
     Args:
         fused: the model once more, patched in another way, which is held to the same budget.
     """
-    original = _run(model, batch, dtype)
+    # Copies, because some models keep states from one run to the next.
+    original = _run(copy.deepcopy(model), batch, dtype)
     others: list[str] = []
+    replaced = copy.deepcopy(model)
     try:
-        with patched(model), _watched(model, others):
-            ours = [_run(model, batch, dtype)]
+        patch(replaced)
+        with _watched(replaced, others):
+            ours = [_run(replaced, batch, dtype)]
         if fused is not None:
             ours.append(_run(fused, batch, dtype))
-    except _TooLongError:
-        raise
     except Exception as error:
         raise DiffersError(f"patched, it raises {_message(error)}") from error
     if others:
@@ -203,7 +203,9 @@ def classes_of(package: str) -> dict:
         for file in pkgutil.iter_modules(importlib.import_module(package).__path__):
             if not file.name.startswith("modeling_"):
                 continue
+            result["stage"] = "import"
             module = importlib.import_module(f"{package}.{file.name}")
+            result["stage"] = "compare"
             for cls in vars(module).values():
                 if isinstance(cls, type) and cls.__module__ == module.__name__ and may_be_norm(cls):
                     result["classes"] += [_class_outcome(cls, arguments) for arguments in _variants(cls, package)]
@@ -212,7 +214,7 @@ def classes_of(package: str) -> dict:
 
 
 def _variants(cls: type, package: str) -> list[dict]:
-    """Arguments of the constructor: 64 columns, every combination of switches, with and without groups, a shrunk configuration."""
+    """Arguments of the constructor: 64 columns, every combination of switches, with and without groups; what to shrink for a config."""
     choices: dict[str, tuple] = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
         required = parameter.default is parameter.empty
@@ -221,7 +223,7 @@ def _variants(cls: type, package: str) -> list[dict]:
         if type(parameter.default) is bool:
             choices[name] = (True, False)
         elif name == "config":
-            choices[name] = (tiny_config(package.rpartition(".")[2]),)
+            choices[name] = (parameter.annotation if _is_config(parameter.annotation) else package.rpartition(".")[2],)
         elif "group_size" in name:
             choices[name] = (16, 64) if required else (None, 16)
         elif "n_groups" in name:
@@ -231,17 +233,21 @@ def _variants(cls: type, package: str) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+def _is_config(annotation) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, PreTrainedConfig)
+
+
 def _class_outcome(cls: type, arguments: dict) -> dict:
     plain = {name: value for name, value in arguments.items() if name != "config"}
     outcome = {"class": f"{cls.__module__.rpartition('.modeling_')[2]}.{cls.__name__}", "arguments": plain}
     try:
-        module = cls(**arguments)
+        module = cls(**(arguments | {name: tiny_config(arguments[name]) for name in {"config"} & arguments.keys()}))
     except Exception as error:
-        return outcome | {"status": "not built", "reason": _message(error)}
-    rows = patch(copy.deepcopy(module)).rows
-    row = next((row for row in rows if row.cls is cls), None)
-    if row is None:
+        named = "norm" in cls.__name__.lower()
+        return outcome | ({"status": "not built", "reason": _message(error)} if named else {"status": "no norm"})
+    if recognize(module) is None:
         return outcome | {"status": "no norm"}
+    row = next(row for row in patch(copy.deepcopy(module)).rows if row.cls is cls)
     outcome |= _row(row)
     if row.status == "replaced":
         outcome["differs"] = _compare_alone(module)
@@ -288,7 +294,7 @@ def _gradients(y: Tensor, inputs: list[Tensor], module: nn.Module, dy: Tensor) -
 
 
 def _row(row) -> dict:
-    return {"name": row.cls.__name__, "semantics": row.semantics, "count": row.count, "status": row.status, "reason": row.reason}
+    return {"name": row.cls.__name__, **{name: getattr(row, name) for name in ("semantics", "count", "status", "reason", "resembles")}}
 
 
 def _is_layer(row) -> bool:
@@ -308,8 +314,8 @@ class DiffersError(Exception):
     """A patched model is not what it was."""
 
 
-class _TooLongError(Exception):
-    """A job has taken more than its seconds."""
+class _TooLongError(BaseException):
+    """A task has taken more than its seconds. Not what an interpreter or a model may catch."""
 
 
 @contextmanager
@@ -317,19 +323,20 @@ def _reported(result: dict) -> Iterator[None]:
     """Notes what is raised, and the seconds."""
 
     def stop(*_):
-        raise _TooLongError(f"more than {SECONDS} seconds")
+        raise _TooLongError(f"more than {SECONDS} seconds of processor time")
 
-    start = time.perf_counter()
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    start = time.process_time()
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
-    except Exception as error:
+    except (Exception, _TooLongError) as error:
         result["error"] = _message(error)
+        result["differs"] = isinstance(error, DiffersError) or result["stage"] in ("patch", "compare")
         result["where"] = traceback.format_exc()[-2000:]
     finally:
-        signal.alarm(0)
-        result["seconds"] = time.perf_counter() - start
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        result["seconds"] = time.process_time() - start
 
 
 def _job(task: tuple[str, str]) -> dict:
@@ -339,172 +346,47 @@ def _job(task: tuple[str, str]) -> dict:
         return {"models": census, "classes": classes_of}[task[0]](task[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all by default")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
-    parser.add_argument("--json", type=Path, help="also write all results to this file")
-    args = parser.parse_args()
-
-    types = args.types or model_types()
+def run(types: list[str], workers: int) -> dict[str, list[dict]]:
+    """Results of models and of classes, each task in a process that may end without ending the others."""
     packages = sorted({f"transformers.models.{model_type_to_module_name(one)}" for one in types})
     tasks = [("models", one) for one in types] + [("classes", one) for one in packages]
     results: dict[str, list[dict]] = {"models": [], "classes": []}
-    start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=200) as pool:
-        for result in tqdm(pool.imap_unordered(_job, tasks, chunksize=4), total=len(tasks), unit="task"):
-            results["models" if "type" in result else "classes"].append(result)
+    with tqdm(total=len(tasks), unit="task", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+        for (kind, name), result, failure in in_processes(_job, tasks, workers, HANGS):
+            if failure:
+                result = {"models": {"type": name}, "classes": {"package": name, "classes": []}}[kind]
+                result |= {"stage": "run", "differs": True, "error": failure}
+            results[kind].append(result)
+            bar.set_postfix_str(name.rpartition(".")[2], refresh=False)
+            bar.update()
+            for line in differences({"models": [], "classes": [], kind: [result]}):
+                bar.write(line)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench.hf_census", description=__doc__.partition("\n")[0])
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all by default")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--json", type=Path, help="also write all results to this file")
+    args = parser.parse_args(argv)
+    for reason in filter(None, map(unknown, args.types or ())):
+        parser.error(f"--types {reason}")
+
+    results = run(args.types or model_types(), args.workers)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    took = f"{time.perf_counter() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of processor time"
+    took = f"{usage.ru_utime + usage.ru_stime:.0f} s of processor time in {args.workers} processes"
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-    page = write_page(results, took)
+    text = page(results, took)
     if args.types:
-        print(page)
+        print(text)
     else:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page)
-        print(page.partition("\n## ")[0])
-    sys.exit(bool(differences(results)))
-
-
-def differences(results: dict[str, list[dict]]) -> list[str]:
-    """Everything that is wrong."""
-    found = []
-    for model in results["models"]:
-        if "error" in model and model["error"].startswith(DiffersError.__name__):
-            found.append(f"{model['type']}: {model['error']}")
-        for dtype in ("torch.float32", "torch.bfloat16"):
-            parts, name, _ = model.get(dtype, (0.0, "", True))
-            if not parts <= 1:
-                found.append(f"{model['type']}, {dtype}: {name} is {parts:.2f} times as far off as it may be")
-    for package in results["classes"]:
-        found += [f"{one['class']}({one['arguments']}): {one['differs']}" for one in package["classes"] if one.get("differs")]
-    return found
-
-
-def write_page(results: dict[str, list[dict]], took: str) -> str:
-    models = sorted(results["models"], key=lambda model: model["type"])
-    classes = sorted((one for package in results["classes"] for one in package["classes"]), key=lambda one: one["class"])
-    compared = [model for model in models if model["stage"] == "compared"]
-    wrong = differences(results)
-    lines = [
-        "# Every model type of transformers, patched",
-        "",
-        f"Written by `python -m bench.hf_census` on {date.today()}: transformers {version('transformers')}, torch {version('torch')}, "
-        f"triton {version('triton')}, {_machine()}; {took}.",
-        "What is compared, and how exactly, is said at the top of that file.",
-        "",
-        f"- {len(models)} model types; {sum(model['stage'] != 'build' for model in models)} can be built from a shrunk configuration.",
-        f"- {len(compared)} have norms that are replaced and run forward and backward, as they were and patched, in fp32 and in bf16: "
-        f"{sum(row['count'] for model in compared for row in model['rows'] if row['status'] == 'replaced')} norms.",
-        f"- {sum(_fused(model) > 0 for model in compared)} of them also run with the residual add fused into the norm after it, "
-        f"in {sum(map(_fused, compared))} layers.",
-        f"- {sum(model[key][2] for model in compared for key in _DTYPES)} of these {2 * len(compared)} comparisons had fp64 to go by.",
-        f"- Differences beyond rounding: {len(wrong) or 'none'}.",
-        *(f"    - {one}" for one in wrong),
-        "",
-        "## Semantics",
-        "",
-        "Classes that could be built alone, with each of their switches; models that ran. "
-        "x_hat is the normalized input in fp32, w the weight; `.to(x)` rounds to the dtype of the input, `.to(w)` to that of the weight.",
-        "",
-        *_table(("semantics", "classes", "model types", "norms in them"), _by_semantics(compared, classes)),
-        "",
-        "## Left alone",
-        "",
-        "Classes that sound like an RMS norm, or come close to one.",
-        "",
-        *_table(("class", "reason"), _left_alone(models, classes)),
-        "",
-        "## Residual adds",
-        "",
-        "Layers that add and normalize, with `fuse_residual=True`.",
-        "",
-        *_table(("outcome", "classes", ""), _by_outcome(compared)),
-        "",
-        "## Models",
-        "",
-        "The largest distance of any output or gradient, in parts of its budget; 1 would be too much. (*) without fp64.",
-        "",
-        *_table(("model type", "parameters", "norms", "fused layers", "semantics", "fp32", "bf16"), map(_model_line, compared)),
-        "",
-        "## Not run",
-        "",
-        "They would have norms, or it is not known: the default configuration cannot be built small, or the model wants other input.",
-        "",
-        *_table(("reason", "model types"), _not_run(models)),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-_DTYPES = ("torch.float32", "torch.bfloat16")
-
-
-def _machine() -> str:
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"Triton's interpreter, {os.cpu_count()} {platform.machine()} cores"
-
-
-def _table(head: tuple[str, ...], rows) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells]]
-
-
-def _by_semantics(models: list[dict], classes: list[dict]) -> list[tuple]:
-    found: dict[str, list[set]] = defaultdict(lambda: [set(), set()])
-    norms: dict[str, int] = defaultdict(int)
-    for one in classes:
-        if one["status"] == "replaced":
-            found[_without_size(one["semantics"])][0].add(one["class"])
-    for model in models:
-        for row in model["rows"]:
-            if row["status"] == "replaced":
-                found[_without_size(row["semantics"])][1].add(model["type"])
-                norms[_without_size(row["semantics"])] += row["count"]
-    order = sorted(found, key=lambda semantics: -len(found[semantics][0]))
-    return [(f"`{semantics}`", *map(len, found[semantics]), norms[semantics]) for semantics in order]
-
-
-def _without_size(semantics: str) -> str:
-    return re.sub(r"groups of \d+", "groups", semantics)
-
-
-def _left_alone(models: list[dict], classes: list[dict]) -> list[tuple]:
-    rows = {(one["class"], one["reason"]): None for one in classes if one["status"] == "left alone"}
-    seen = {name.rpartition(".")[2] for name, _ in rows}
-    for model in models:
-        for row in model.get("rows", ()):
-            if row["status"] == "left alone" and row["name"] not in seen:
-                rows[row["name"], row["reason"]] = None
-    return sorted(rows)
-
-
-def _model_line(model: dict) -> tuple:
-    replaced = [row for row in model["rows"] if row["status"] == "replaced"]
-    parts = [f"{model[dtype][0]:.2f}{'' if model[dtype][2] else ' *'}" for dtype in _DTYPES]
-    semantics = ", ".join(f"`{one}`" for one in sorted({row["semantics"] for row in replaced}))
-    return model["type"], model["parameters"], sum(row["count"] for row in replaced), _fused(model), semantics, *parts
-
-
-def _fused(model: dict) -> int:
-    return sum(row["count"] for row in model["layers"] if row["status"] == "fused")
-
-
-def _by_outcome(models: list[dict]) -> list[tuple]:
-    outcomes: dict[str, set[str]] = defaultdict(set)
-    for row in (row for model in models for row in model["layers"]):
-        outcomes[row["status"] if row["status"] == "fused" else f"{row['status']}: {row['reason']}"].add(row["name"])
-    return sorted(((outcome, len(names), ", ".join(sorted(names))) for outcome, names in outcomes.items()), key=lambda row: (-row[1], row))
-
-
-def _not_run(models: list[dict]) -> list[tuple]:
-    reasons = defaultdict(list)
-    for model in models:
-        if model["stage"] not in ("compared", "no norms"):
-            reasons[f"{model['stage']}: {model.get('error', '')}"].append(model["type"])
-    return sorted(((reason, ", ".join(types)) for reason, types in reasons.items()), key=lambda row: (-len(row[1]), row))
+        PAGE.write_text(text)
+        print(text.partition("\n## ")[0])
+    return int(bool(differences(results)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

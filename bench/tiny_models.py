@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, VOCAB, LAYERS, MAX_LAYERS = 64, 4, 16, 96, 128, 2, 8
+HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, VOCAB, LAYERS, MAX_LAYERS = 64, 4, 16, 96, 256, 2, 8
+
+# Tokens may be bytes of text: the ids of special tokens are control characters that text does not have.
+FIRST_BYTE_OF_TEXT = 32
+_SPECIAL = [number for number in range(3, FIRST_BYTE_OF_TEXT) if chr(number) not in "\t\n\r"]
 
 # Integer fields by name: the first pattern that is found decides. A number bounds the field.
 _SIZES: list[tuple[str, int]] = [
@@ -87,9 +92,17 @@ def model_types() -> list[str]:
     return list(CONFIG_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, **fields) -> PreTrainedConfig:
-    """The default configuration of a model type with every size shrunk; `fields` are set as they are."""
-    return _shrunk(CONFIG_MAPPING[model_type], fields)
+def unknown(name: str) -> str:
+    """Why `name` is no model type, if so."""
+    if name in CONFIG_MAPPING_NAMES:
+        return ""
+    close = get_close_matches(name, CONFIG_MAPPING_NAMES) or ["llama", "t5"]
+    return f"must be a model type of transformers, such as {' or '.join(close)}, got {name}"
+
+
+def tiny_config(model_type: str | type[PreTrainedConfig], **fields) -> PreTrainedConfig:
+    """The default configuration of a model type, or of a class, with every size shrunk; `fields` are set as they are."""
+    return _shrunk(CONFIG_MAPPING[model_type] if isinstance(model_type, str) else model_type, fields)
 
 
 def tiny_model(model_type: str, seed: int = 0, **fields) -> PreTrainedModel:
@@ -140,9 +153,8 @@ def tiny_batch(model: PreTrainedModel, seed: int = 0, batch: int = 2, length: in
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     accepted = inspect.signature(model.forward).parameters
-    # Ids of special tokens are below 16 in a shrunk configuration.
     vocab = getattr(config.get_text_config(), "vocab_size", None)
-    ids = torch.randint(16, vocab if isinstance(vocab, int) else VOCAB, (batch, length), generator=generator)
+    ids = torch.randint(FIRST_BYTE_OF_TEXT, vocab if isinstance(vocab, int) else VOCAB, (batch, length), generator=generator)
     inputs: dict = {"use_cache": False} if "use_cache" in accepted else {}
     if "input_ids" in accepted:
         inputs["input_ids"] = ids
@@ -166,7 +178,7 @@ def tiny_batch(model: PreTrainedModel, seed: int = 0, batch: int = 2, length: in
 def _shrunk(config_class: type[PreTrainedConfig], fields: dict) -> PreTrainedConfig:
     default = vars(config_class())
     changed: dict = {}
-    tokens = iter(range(3, 16))
+    tokens = iter(_SPECIAL)
     for name, value in default.items():
         if name.startswith("_") and not name.endswith("_config"):
             continue
@@ -180,6 +192,8 @@ def _shrunk(config_class: type[PreTrainedConfig], fields: dict) -> PreTrainedCon
             changed[name] = _NEEDED[name]
     _make_consistent(config_class, default, changed)
     changed = {name: value for name, value in changed.items() if value != default.get(name)}
+    if default.get("is_encoder_decoder") and default.get("decoder_start_token_id") is None:
+        changed["decoder_start_token_id"] = 0  # what the labels are shifted by
     return config_class(**(changed | _FIELDS.get(config_class.model_type, {}) | fields))
 
 

@@ -1,7 +1,8 @@
-"""Trains a Llama on English text, byte by byte, with the norms of Hugging Face and with ours, and compares losses, speed and memory.
+"""Trains a model on English text, byte by byte, with the norms of Hugging Face and with ours, and compares losses, speed and memory.
 
-    python -m bench.train                  a small model; without a GPU the kernels run in Triton's interpreter
-    python -m bench.train --preset 1b      a billion parameters, with the norms of every provider; meant for a GPU (bench.compare_training)
+    python -m bench.train                  a small Llama; without a GPU the kernels run in Triton's interpreter
+    python -m bench.train --preset 1b      one of a billion parameters; meant for a GPU, where every provider is compared
+    python -m bench.train --model olmo2    a tiny model of any type that transformers can train on text
 
 All runs start from one seed and see the same batches. Two computations that differ only in rounding still drift apart in training; how
 far is shown by a third run, the control: Hugging Face's norms again, with every gamma moved to a neighbouring number. The losses of ours
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.training import PRESETS, SEED, Job, batches, count_parameters, device_name, interpreted, new_model, read_text, train
+from bench.training import CPU, PRESETS, SEED, Job, batches, count_parameters, device_name, interpreted, new_model, read_text, train
 
 # Neither Triton nor what imports it (triton_rmsnorm, optimizers) may be imported before main has decided whether Triton interprets.
 
@@ -56,7 +57,7 @@ def control(model: nn.Module) -> nn.Module:
 def ours(model: nn.Module) -> nn.Module:
     from triton_rmsnorm import patch
 
-    report = patch(model, strict=True)
+    report = patch(model)
     if not report.replaced:
         raise RuntimeError("patch found no norm to replace")
     tqdm.write(f"{report}\n")
@@ -109,6 +110,24 @@ def run(name: str, job: Job, text: Tensor, before: dict[str, Run]) -> Run:
     return Run(losses, statistics.median(seconds), peak_bytes)
 
 
+def unfit(job: Job) -> str:
+    """Why a tiny model of a type cannot be trained on text, if so, or shows nothing about norms."""
+    from bench.tiny_models import unknown
+    from triton_rmsnorm import patch
+
+    if reason := unknown(job.model):
+        return reason
+    tokens = torch.arange(32, 64)[None]  # bytes that text has
+    try:
+        model = new_model(replace(job, device=CPU))
+        loss = model(input_ids=tokens, labels=tokens).loss
+    except Exception as error:  # of any kind: it is the model's own code
+        return f"must be one that is trained on text and can be built small, but {job.model} raises {type(error).__name__}: {error}"
+    if loss is None:
+        return f"must be one that is trained on text, but {job.model} has no loss"
+    return "" if patch(model).replaced else f"must be one with RMS norms, but patch replaces nothing in {job.model}"
+
+
 def largest_difference(run: Run, baseline: Run) -> float:
     """NaN if any loss is."""
     return (torch.tensor(run.losses, dtype=torch.float64) - torch.tensor(baseline.losses, dtype=torch.float64)).abs().max().item()
@@ -141,7 +160,7 @@ def figures(job: Job, source: str, runs: dict[str, Run]) -> dict:
         "device": device_name(job.device),
         "interpreted": interpreted(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "model": {"type": "llama", "parameters": count_parameters(job), **job.sizes},
+        "model": {"type": job.model, "parameters": count_parameters(job), **(job.sizes or {})},
         "text": source,
         **{name: getattr(job, name) for name in ("seq_len", "batch", "steps", "learning_rate")},
         "dtype": str(job.dtype).removeprefix("torch."),
@@ -185,7 +204,8 @@ def plot(result: dict, path: Path) -> None:
     top.set_ylabel("loss (nats per byte)")
     bottom.set(xlabel="training step", ylabel=f"distance from {BASELINE}'s\nloss (nats per byte)")
     how = f"{result['device']}{', kernels interpreted' if result['interpreted'] else ''}, {result['dtype']}, {result['date']}"
-    top.set_title(f"Llama of {result['model']['parameters'] / 1e6:.3g} M parameters on {result['text']}\n{how}", fontsize=10)
+    kind, parameters = result["model"]["type"], result["model"]["parameters"]
+    top.set_title(f"{kind} of {parameters / 1e6:.3g} M parameters on {result['text']}\n{how}", fontsize=10)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, loc="upper right", ncols=3 if axes is bottom else 1)
@@ -195,7 +215,9 @@ def plot(result: dict, path: Path) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, and what is made of them: job, text and source."""
     parser = argparse.ArgumentParser("bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="model and defaults of what follows")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of a Llama, and defaults of what follows")
+    kind.add_argument("--model", metavar="TYPE", help="a model type of transformers, in a tiny configuration")
     parser.add_argument("--steps", type=_positive, help="training steps of each run")
     parser.add_argument("--seq-len", type=_positive, help="tokens of a sequence, which are bytes")
     parser.add_argument("--batch", type=_positive, help="sequences a step")
@@ -223,6 +245,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = {name: getattr(args, name) for name in ("steps", "seq_len", "batch") if getattr(args, name) is not None}
     if args.dtype is not None:
         given["dtype"] = getattr(torch, args.dtype)
+    if args.model is not None:
+        given |= {"model": args.model, "sizes": None}
     args.job = replace(PRESETS[args.preset], device=device, checkpointing=args.checkpointing, **given)
     if args.compare is None:
         args.compare = args.preset == "1b"
@@ -232,6 +256,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.text = read_text(args.text)
     if not 2 <= args.job.seq_len <= len(args.text):
         parser.error(f"--seq-len must be from 2 to {len(args.text)}, the bytes of {args.source}, got {args.job.seq_len}")
+    args.error = parser.error
     return args
 
 
@@ -247,8 +272,10 @@ def main(argv: list[str] | None = None) -> int:
     if job.device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)  # the interpreter has one, and a model that it can serve needs no more
+    if job.sizes is None and (reason := unfit(job)):
+        args.error(f"--model {reason}")
 
-    print(f"Llama of {count_parameters(job) / 1e6:.3g} M parameters, {job.dtype}, on {device_name(job.device)}".replace("torch.", ""))
+    print(f"{job.model} of {count_parameters(job) / 1e6:.3g} M parameters, {job.dtype}, on {device_name(job.device)}".replace("torch.", ""))
     print(f"{job.steps} steps of {job.batch} x {job.seq_len} bytes from the {len(text) / 1e3:.0f} KB of {source}")
     if interpreted():
         print("No GPU is used: the kernels run in Triton's interpreter, which shows what they compute, not how fast they are.")

@@ -20,13 +20,14 @@ CPU = torch.device("cpu")
 class Job:
     """What is trained, and how: everything but the norms."""
 
-    sizes: dict[str, int]  # of transformers.LlamaConfig
+    sizes: dict[str, int] | None  # of transformers.LlamaConfig; None: those of bench.tiny_models
     seq_len: int  # tokens, which are bytes
     batch: int  # sequences a step
     steps: int
     dtype: torch.dtype  # of parameters and activations
     learning_rate: float
     device: torch.device = CPU
+    model: str = "llama"  # a model type of transformers
     checkpointing: bool = False  # of activations: layers are computed again in the backward
 
     @property
@@ -58,13 +59,21 @@ PRESETS = {
 
 
 def new_model(job: Job) -> nn.Module:
-    """A Llama of random weights, the same for every call; one token a byte."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A model of random weights, the same for every call, which leaves random numbers in the same state; one token a byte."""
+    if job.sizes is None:
+        from bench.tiny_models import tiny_model
 
-    config = AutoConfig.for_model("llama", vocab_size=256, max_position_embeddings=job.seq_len, use_cache=False, **job.sizes)
-    torch.manual_seed(SEED)
-    with job.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=job.dtype)
+        model = tiny_model(job.model, SEED)
+        model.config.get_text_config().use_cache = False
+        torch.manual_seed(SEED)
+        model.to(job.device, job.dtype)
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(job.model, vocab_size=256, max_position_embeddings=job.seq_len, use_cache=False, **job.sizes)
+        torch.manual_seed(SEED)
+        with job.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=job.dtype)
     if job.checkpointing:  # under its new name, where transformers has it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model

@@ -281,6 +281,35 @@ def test_decorated():
     assert model.forward.__wrapped__.__kwdefaults__ == {"scale": 2.0}
 
 
+def of_a_method(function):
+    assert function.__qualname__.endswith(".Decorated.forward") or function.__qualname__ == "Decorated.forward"
+    return function
+
+
+def test_decorated_as_a_method():
+    """Some decorators, such as one of transformers, ask for the name of the class."""
+
+    class Decorated(Base):
+        @of_a_method
+        def forward(self, hidden):
+            hidden = hidden + self.attention(hidden)
+            return self.after(hidden)
+
+    assert patch(Decorated(), fuse_residual=True).fused == 1
+
+
+def function_of_a_layer(self, hidden):
+    hidden = hidden + self.attention(hidden)
+    return self.after(hidden)
+
+
+def test_a_function_for_a_method():
+    class Assigned(Base):
+        forward = function_of_a_layer
+
+    assert patch(Assigned(), fuse_residual=True).fused == 1
+
+
 @pytest.mark.parametrize(
     "defect",
     [

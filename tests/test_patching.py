@@ -71,6 +71,7 @@ MODELS = {
     "qwen3_next": {"(1 + w) · x_hat", "w · x_hat.to(x), silu gate after"},
     "falcon_mamba": {"w · x_hat.to(x)", "x_hat"},  # x_hat: its weight is a buffer, unused, of another length
 }
+FEWER_LAYERS = {"deepseek_v4": {"num_hidden_layers": 1, "layer_types": None}}
 
 
 @pytest.mark.parametrize("dtype", [F32, B16], ids=["fp32", "bf16"])
@@ -79,7 +80,7 @@ def test_models_compute_what_they_did(model_type, dtype, device, launches):
     """Each norm, all outputs and all gradients; the kernels really run; the state_dict does not change in any bit."""
     if model_type not in model_types():
         pytest.skip("a later transformers has it")
-    model = tiny_model(model_type).eval().to(device, dtype)
+    model = tiny_model(model_type, **FEWER_LAYERS.get(model_type, {})).eval().to(device, dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with patched(model) as report:
         assert {row.semantics for row in report.rows if row.status == "replaced"} >= MODELS[model_type]
@@ -106,10 +107,11 @@ def test_the_comparison_of_models_can_fail(llama, monkeypatch):
         compare(llama, tiny_batch(llama), B16)
 
 
-def test_training_a_few_steps(llama):
+@pytest.mark.parametrize("fuse_residual", [False, True])
+def test_training_a_few_steps(llama, fuse_residual):
     """Against the unpatched twin: same losses and weights."""
     twin = copy.deepcopy(llama)
-    patch(llama)
+    assert patch(llama, fuse_residual=fuse_residual).fused == 2 * fuse_residual
     losses = []
     for model in (llama.train(), twin.train()):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -1,6 +1,7 @@
 """Recognition: each semantics is found and told from all others, what is something else is left alone, and nothing is touched."""
 
 import itertools
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -502,6 +503,29 @@ def test_verdicts_are_remembered_by_class_and_attributes(monkeypatch):
     Remembered.forward = Rounded.forward
     assert recognize(Remembered(16)).norm.semantics == Semantics(x_hat="input")
     assert len(proofs) == 3
+
+
+def test_attributes_that_have_no_hash():
+    """As the configurations of transformers, which are dataclasses; they are told apart by identity."""
+
+    @dataclass
+    class Config:
+        eps: float
+
+    class Configured(NoEpsNorm):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+        def forward(self, x):
+            return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
+
+    config = Config(1e-6)
+    first = recognize(Configured(config))
+    assert first.norm.eps == 1e-6
+    assert recognize(Configured(config)) is first
+    assert recognize(Configured(Config(1e-6))) is not first
+    assert recognize(Configured(Config(1e-4))).norm.eps == 1e-4
 
 
 # --- what is not touched ---

@@ -57,6 +57,32 @@ def test_same_losses(tmp_path, capsys, launches):
     assert ("interpreter" in printed) == (not torch.cuda.is_available())
 
 
+@pytest.mark.parametrize("model", ["t5", "falcon_h1"])
+def test_any_model_type(model, tmp_path, launches):
+    """One with an encoder, a decoder and dropout, and one with gated norms."""
+    assert train.main(["--model", model, "--steps", "2", "--batch", "2", "--seq-len", "32", "--out", str(tmp_path)]) == 0
+    assert {launched.kernel for launched in launches} >= {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"}
+    result = json.loads((tmp_path / "figures.json").read_text())
+    assert result["model"]["type"] == model
+    assert result["runs"]["ours"]["largest_difference"] <= result["tolerance"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("lama", "a model type of transformers, such as llama"),
+        ("clip", "one that is trained on text"),
+        ("bert", "one with RMS norms"),
+    ],
+)
+def test_model_types_that_cannot_be_trained(model, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--model", model])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--model must be {words}" in error and model in error
+
+
 @pytest.mark.parametrize("change", [scale_gradient, lambda y: y * 1.0001, lambda y: y * float("nan")], ids=["dx", "y", "nan"])
 def test_different_losses(change, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(train.PROVIDERS, "ours", defective(change))
@@ -126,6 +152,7 @@ def test_out_of_memory(tmp_path, capsys, monkeypatch):
         ["--dtype", "int8"],
         ["--device", "abacus"],
         ["--device", "meta"],
+        ["--preset", "1b", "--model", "llama"],
         ["--text", "missing"],
         ["--text", __file__, "--seq-len", "999999"],
     ],

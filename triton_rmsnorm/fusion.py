@@ -161,14 +161,18 @@ class _Source:
         raise _RefusedError("its forward is not where its source should be")
 
     def _defined(self, function: ast.FunctionDef) -> Callable:
-        """The forward defined once more, with its decorators, among the globals of the original."""
+        """The forward defined once more, with its decorators, in a class of the same name, among the globals of the original."""
         space: dict = {}
+        name = ("_." + self.function.__qualname__).split(".")[-2]
+        name = name if name.isidentifier() else "_"
+        tree = ast.parse(f"class {name}: pass")
+        tree.body[0].body = [function]  # type: ignore[attr-defined]
         flags = self.code.co_flags & _FUTURE_FLAGS
         try:
-            exec(compile(ast.Module([function], []), self.code.co_filename, "exec", flags, True), self.function.__globals__, space)
+            exec(compile(tree, self.code.co_filename, "exec", flags, True), self.function.__globals__, space)
         except Exception as error:  # of any kind: decorators are others' code
             raise _RefusedError(f"its forward cannot be defined again: {in_words(error)}") from None
-        return space[function.name]
+        return vars(space[name])[function.name]
 
 
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
