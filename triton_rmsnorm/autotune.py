@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from triton_rmsnorm import launch, measured
+from triton_rmsnorm import launch, measured, tuning
 from triton_rmsnorm._version import __version__
 from triton_rmsnorm.launch import Launch, Needs
 from triton_rmsnorm.measured import Key, Measured, runs
@@ -120,8 +120,9 @@ def neighbours(config: Config, key: Key, device: Device) -> list[Config]:
         {"block_m": config.block_m // 2, "programs": config.programs * 2},
         {"block_m": config.block_m * 2, "programs": config.programs // 2},
     ]
-    changed = [replace(config, **change) for change in (*half_and_double, *stages, *together)]
-    return [other for other in changed if runs(other, key, device)]
+    policies = [{"load_policy": policy} for policy in tuning.LOAD_POLICIES] + [{"store_policy": policy} for policy in tuning.STORE_POLICIES]
+    changed = [replace(config, **change) for change in (*half_and_double, *stages, *together, *policies)]
+    return [other for other in changed if other != config and runs(other, key, device)]
 
 
 class _Trial:

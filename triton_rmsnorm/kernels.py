@@ -26,7 +26,7 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Steps:
-    """The arithmetic of a kernel, known when it is compiled. A dtype that is None stands for no rounding at that step."""
+    """What a kernel does with each element, known when it is compiled. A dtype that is None stands for no rounding at that step."""
 
     acc: tl.dtype  # of all arithmetic: fp32, or fp64 for fp64 input
     weight_offset: float = 0.0
@@ -37,6 +37,8 @@ class Steps:
     activation: str | None = None
     norm_before_gate: bool = True
     bf16_by_bits: bool = False  # the interpreter truncates to bf16 where a GPU rounds to nearest even
+    load_policy: str = ""  # eviction policy of loads of rows
+    store_policy: str = ""  # cache modifier of stores of rows
 
 
 @triton.jit
@@ -52,12 +54,12 @@ def _row_offsets(rows, sizes, strides, ROW_ALIGN: tl.constexpr):
 
 @triton.jit
 def _load(ROW, cols, mask, STEPS: tl.constexpr):
-    return tl.load(ROW + cols[None, :], mask=mask, other=0.0).to(STEPS.acc)
+    return tl.load(ROW + cols[None, :], mask=mask, other=0.0, eviction_policy=STEPS.load_policy).to(STEPS.acc)
 
 
 @triton.jit
-def _store(ROW, cols, value, mask):
-    tl.store(ROW + cols[None, :], value.to(ROW.dtype.element_ty), mask=mask)
+def _store(ROW, cols, value, mask, STEPS: tl.constexpr):
+    tl.store(ROW + cols[None, :], value.to(ROW.dtype.element_ty), mask=mask, cache_modifier=STEPS.store_policy)
 
 
 @triton.jit
@@ -194,19 +196,19 @@ def _rms_norm_fwd_kernel(
 
         if BLOCK_N >= N:
             if RESIDUAL_OUT is not None:
-                _store(RESIDUAL_OUT + out_row, cols, u, mask)
-            _store(y_row, cols, _norm_output(u, rstd[:, None], w, gate_row, cols, mask, STEPS), mask)
+                _store(RESIDUAL_OUT + out_row, cols, u, mask, STEPS)
+            _store(y_row, cols, _norm_output(u, rstd[:, None], w, gate_row, cols, mask, STEPS), mask, STEPS)
         else:
             for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
                 block = start + cols
                 mask = in_rows & (block < N)[None, :]
                 u = _norm_input(x_row, residual_row, gate_row, block, mask, STEPS)
                 if RESIDUAL_OUT is not None:
-                    _store(RESIDUAL_OUT + out_row, block, u, mask)
+                    _store(RESIDUAL_OUT + out_row, block, u, mask, STEPS)
                 w_block = None
                 if W is not None:
                     w_block = _load_weight(W, stride_w, first + block, block < N, STEPS)
-                _store(y_row, block, _norm_output(u, rstd[:, None], w_block, gate_row, block, mask, STEPS), mask)
+                _store(y_row, block, _norm_output(u, rstd[:, None], w_block, gate_row, block, mask, STEPS), mask, STEPS)
 
 
 @triton.jit
@@ -282,16 +284,16 @@ def _rms_norm_bwd_kernel(
             if DRESIDUAL_OUT is not None:
                 du += _load(DRESIDUAL_OUT + _row_offsets(rows, sizes, dresidual_out_strides, ROW_ALIGN) + first, cols, mask, STEPS)
             if DRESIDUAL is not None:
-                _store(DRESIDUAL + out_row, cols, du, mask)
+                _store(DRESIDUAL + out_row, cols, du, mask, STEPS)
             if GATE_FIRST:
                 if DGATE is not None:
-                    _store(DGATE + out_row, cols, du * dg, mask)
+                    _store(DGATE + out_row, cols, du * dg, mask, STEPS)
                 du *= g
             if DX is not None:
-                _store(DX + out_row, cols, du, mask)
+                _store(DX + out_row, cols, du, mask, STEPS)
         if GATE_LAST and DGATE is not None:
             product = x_hat if w is None else x_hat * w
-            _store(DGATE + out_row, cols, dg * _round(product, STEPS.product_dtype, STEPS), mask)
+            _store(DGATE + out_row, cols, dg * _round(product, STEPS.product_dtype, STEPS), mask, STEPS)
 
     if DW_PARTIAL is not None:
         partial = DW_PARTIAL + tl.program_id(0).to(tl.int64) * (groups * N) + first

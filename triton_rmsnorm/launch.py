@@ -308,6 +308,8 @@ def _values(spec: Spec, config: tuning.Config, tensors: dict[str, Layout | None]
         activation=spec.activation,
         norm_before_gate=spec.norm_before_gate,
         bf16_by_bits=INTERPRETED,
+        load_policy=config.load_policy,
+        store_policy=config.store_policy,
     )
     return {
         "M": prod(shape[:outer]),

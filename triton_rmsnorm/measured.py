@@ -65,6 +65,8 @@ def runs(config: Config, key: Key, device: Device) -> bool:
     powers = (config.block_m, config.block_n, config.num_warps, config.num_ctas)
     if min(powers) < 1 or any(power & (power - 1) for power in powers) or config.num_stages < 1 or config.programs < 1:
         return False
+    if config.load_policy not in tuning.LOAD_POLICIES or config.store_policy not in tuning.STORE_POLICIES:
+        return False
     tile = config.block_m * config.block_n // config.num_ctas  # elements that a thread block holds
     threads = config.num_warps * (64 if device.backend == "hip" else 32)
     prefetched = (config.num_stages - 1) * tile * key.loads * key.itemsize
@@ -134,6 +136,7 @@ def write(path: Path, device: Device, table: Table, **about: Any) -> None:
 
 def _entry(entry: dict) -> tuple[Key, Measured]:
     key, config = Key(**entry["key"]), Config(**entry["config"])
-    if key.direction not in ("forward", "backward") or any(type(value) is not int for value in (*key[1:], *asdict(config).values())):
+    integers = (*key[1:], *(value for name, value in asdict(config).items() if not name.endswith("_policy")))
+    if key.direction not in ("forward", "backward") or any(type(value) is not int for value in integers):
         raise ValueError("not a direction, or not integers")
     return key, Measured(config, float(entry["us"]), float(entry["analytic_us"]))

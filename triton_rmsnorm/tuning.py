@@ -42,6 +42,9 @@ class Config:
     num_ctas: int
     num_stages: int
     programs: int
+    # How rows pass through the caches: "" leaves it to the hardware, which is the choice until a GPU shows a better one. Autotuning tries.
+    load_policy: str = ""  # one of LOAD_POLICIES
+    store_policy: str = ""  # one of STORE_POLICIES
 
     @property
     def max_registers(self) -> int:
@@ -49,6 +52,8 @@ class Config:
         return min(255, 65536 // (32 * self.num_warps))
 
 
+LOAD_POLICIES = ("", "evict_first", "evict_last")
+STORE_POLICIES = ("", ".cs", ".cg")  # streaming: first to be evicted; and past the L1
 # Elements of a tile a thread. With 16 the code has a quarter more instructions an element than with 32, since addresses, barriers and
 # reductions cost the same a tile, and the backward sits on the limit of 128 registers (compiled). Where an element takes more registers,
 # which are fp64 and a gradient besides dx, 32 would spill; on AMD there would be one wavefront a scheduler.
