@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ GRID = (*GRID, 12288, 14336, 16384, 28672, 32768, 50000, 65536, 131072)
 FEW = (64, 1000, 4096, 16384, 131072)
 PAIRS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32"))
 RARE_PAIRS = (("bf16", None), ("fp16", "fp32"), ("fp32", None), ("fp64", "fp64"))
+RARE_VARIANTS = ("add_fp32", "gate_rounded")
 ROWS = 8192
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,10 +41,11 @@ RESULTS = Path(__file__).parent / "results"
 def problems(quick: bool = False) -> list[Problem]:
     """The grid: the plain norm in all dtypes, the rarer ones at FEW lengths, and every variant in bf16. `quick`: a representative part."""
     columns = [("plain", pair, GRID) for pair in PAIRS] + [("plain", pair, FEW) for pair in RARE_PAIRS]
-    columns += [(variant, PAIRS[0], GRID) for variant in VARIANTS if variant != "plain"]
+    columns += [(variant, PAIRS[0], FEW if variant in RARE_VARIANTS else GRID) for variant in VARIANTS if variant != "plain"]
     if quick:
         columns = [("plain", PAIRS[0], FEW), ("plain", ("bf16", "fp32"), (1024,)), ("plain", ("fp32", "fp32"), (8192,))]
-        columns += [(variant, PAIRS[0], (2048,)) for variant in VARIANTS if variant != "plain"]
+        columns += [(variant, PAIRS[0], (4096 if variant in RARE_VARIANTS else 2048,)) for variant in VARIANTS if variant != "plain"]
+        columns += [("gate", PAIRS[0], (131072,))]
     return [
         Problem(way, variant, *pair, n)
         for variant, pair, ns in columns
@@ -85,8 +88,8 @@ def audit(problems: Sequence[Problem], targets: Sequence[str] = tuple(TARGETS), 
 
 def _run(function: Callable, tasks: list, jobs: int | None, label: str, **environment: str | None) -> list:
     """function of each task, in processes of their own: whether Triton interprets or compiles is decided when it is imported."""
-    with TemporaryDirectory() as cache:  # half a megabyte a kernel, of no use to anyone afterwards
-        environment = {**os.environ, **environment, "TRITON_CACHE_DIR": cache}
+    with TemporaryDirectory() as cache:  # half a megabyte a kernel, of no use to anyone afterwards, unless asked for
+        environment = {"TRITON_CACHE_DIR": cache, **os.environ, **environment}
         environment = {name: value for name, value in environment.items() if value is not None}
         pool = ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn"))
         with mock.patch.dict(os.environ, environment, clear=True), pool:
@@ -110,28 +113,52 @@ def _count(task: tuple[str, Problem]) -> tuple[dict[str, int], dict[str, int], i
     return tuple(traffic(problem, ROWS, TARGETS[name].device))
 
 
-def broken_rules(row: Row) -> list[str]:
-    """What is wrong with a row, in words.
+def read_once(target: str, problem: Problem) -> int:
+    """Up to how many columns rows are to be read once: 131072 where there are clusters, 16384 where there are none (sm_80, gfx942, Triton
+    before 3.8). Half of that in two cases, in which a row fits no other way than by spilling (compiled):
 
-    Rows are to be read once up to 131072 columns where there are clusters, and up to 16384 where there are none (sm_80, gfx942, Triton
-    before 3.8); half of that where an element takes twice the registers, in fp64 and in the backward of a gate. Nothing is to spill on
-    sm_90 and sm_100, but for the longer half of the rows that are read once without clusters: there a second read would cost more.
+    - the backward in fp64: 120 bytes a thread at 131072 columns in 16 thread blocks;
+    - a backward that writes a gradient besides dx, where one NVIDIA thread block holds a row: 180 to 440 bytes a thread at 16384 columns.
     """
+    device, variant = TARGETS[target].device, VARIANTS[problem.variant]
+    one_block = device.backend == "cuda" and device.max_ctas == 1
+    two_gradients = variant.gate or variant.residual not in (None, problem.dtype)
+    halved = problem.direction == "backward" and (problem.dtype == "fp64" or (two_gradients and one_block))
+    return (131072 if device.max_ctas > 1 else 16384) // (2 if halved else 1)
+
+
+def may_spill(target: str, problem: Problem) -> float:
+    """Bytes a thread: none on sm_90 and sm_100, but for rows where a second read would cost more (compiled). These are
+
+    - without clusters (Triton before 3.8), the longer half of those that are to be read once, and longer ones;
+    - with clusters, the backward of a gate around which values are rounded, beyond 65536 columns.
+    """
+    once, variant = read_once(target, problem), VARIANTS[problem.variant]
+    if target not in ("sm_90", "sm_100"):
+        return inf
+    if TARGETS[target].device.max_ctas == 1:
+        return 192 if problem.n > once // 2 else 0
+    rounded_gate = problem.direction == "backward" and variant.gate and "x_hat_dtype" in variant.steps
+    return 176 if rounded_gate and once // 2 < problem.n <= once else 0
+
+
+def broken_rules(row: Row) -> list[str]:
+    """What is wrong with a row, in words."""
     if row.error:
         return [row.error]
-    problem, clusters = row.problem, TARGETS[row.target].device.max_ctas > 1
-    many_registers = problem.dtype == "fp64" or (VARIANTS[problem.variant].gate and problem.direction == "backward")
-    read_once = (131072 if clusters else 16384) // (2 if many_registers else 1)
+    problem = row.problem
     broken = []
     for kernel in row.kernels:
-        if kernel.spilled and row.target in ("sm_90", "sm_100") and (clusters or problem.n <= read_once // 2):
+        if kernel.spilled > may_spill(row.target, problem):
             broken.append(f"{kernel.name} spills {kernel.spilled} bytes a thread")
         for name, width in kernel.widths.items():
             if width < kernel.aligned[name]:
                 broken.append(f"{kernel.name} accesses {name} by {width} bytes, not {kernel.aligned[name]}")
-        if kernel.resident < (kernel.per_sm if kernel.persistent else 1):
+        if kernel.resident < (
+            kernel.per_sm if kernel.persistent and kernel.grid[0] > 1 else 1
+        ):  # one for each block of columns there must be
             broken.append(f"{kernel.name} has {kernel.per_sm:.2f} thread blocks an SM, of which {kernel.resident} fit")
-    if problem.n <= read_once:
+    if problem.n <= read_once(row.target, problem):
         broken += [f"{name} is read {times:.3f} times" for name, times in row.reads.items() if times != 1]
         limit = 1.02 if problem.direction == "forward" else 1.05
         if row.bytes > limit * row.minimum:
@@ -142,11 +169,12 @@ def broken_rules(row: Row) -> list[str]:
 
 
 def figures(rows: Iterable[Row]) -> dict[str, dict]:
-    """What is frozen of each row: registers and spilled bytes a thread of each kernel, and bytes moved."""
+    """What is frozen of each row: registers and spilled bytes a thread and shared bytes a block of each kernel, and bytes moved."""
     return {
         row.key: {
             "registers": [kernel.registers for kernel in row.kernels],
             "spilled": [kernel.spilled for kernel in row.kernels],
+            "shared": [kernel.shared for kernel in row.kernels],
             "bytes": row.bytes,
         }
         for row in rows
@@ -159,8 +187,13 @@ def frozen_path() -> Path:
 
 
 def freeze(rows: Iterable[Row]) -> None:
+    from bench.harness import metadata  # which imports this module
+
+    about = {name: value for name, value in metadata().items() if name in ("commit", "changed", "date")}
+    about = json.dumps({"triton": triton.__version__, **about, "rows": ROWS})[:-1]
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in figures(rows).items())
-    frozen_path().write_text(f'{{"triton": "{triton.__version__}", "figures": {{\n{lines}\n}}}}\n')
+    RESULTS.mkdir(exist_ok=True)
+    frozen_path().write_text(f'{about}, "figures": {{\n{lines}\n}}}}\n')
 
 
 def frozen() -> dict[str, dict]:
@@ -181,7 +214,9 @@ def worse(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
 def _larger(new: int | list[int], old: int | list[int]) -> bool:
     if isinstance(new, int):
         return new > old
-    return len(new) > len(old) or any(a > b for a, b in zip(new, old, strict=False))
+    if len(new) == len(old):
+        return any(a > b for a, b in zip(new, old, strict=True))
+    return max(new, default=inf) > max(old)
 
 
 _COLUMNS = ("way", "variant", "x", "w", "N", "tile", "warps", "CTAs", "stages", "grid", "regs", "spilled", "shared KB", "width", "async")
@@ -234,10 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n", action="append", type=int, choices=GRID, metavar="N", help="only rows of so many columns; may be repeated")
     parser.add_argument("--jobs", type=int, help="processes; by default one a core")
     parser.add_argument("--json", type=Path, help="write all that was found to this file")
-    parser.add_argument("--freeze", action="store_true", help="keep registers, spills and bytes of the whole grid for the tests to compare")
+    parser.add_argument("--freeze", action="store_true", help="keep the figures, of the grid or with --quick of its part, for tests")
     options = parser.parse_args(arguments)
-    if options.freeze and (options.quick or options.target or options.variant or options.n):
-        parser.error("--freeze needs the whole grid")
+    if options.freeze and (options.target or options.variant or options.n):
+        parser.error("--freeze takes no part but --quick")
 
     chosen = [
         problem

@@ -5,17 +5,22 @@ CPU tensors: that is all of the host's work for ours and Liger, but for what tor
 thread of its own). Nothing stands in for torch's norms there: they compute, on a few numbers. An autograd.Function that does nothing is
 the floor.
 
-`--profile` also shows which functions the time of ours goes to.
+`--profile` also shows which functions the time of ours goes to. `--json` keeps the result under bench/results/.
 """
 
 import argparse
 import cProfile
+import json
+import os
+import platform
 import pstats
+import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import quantiles
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
@@ -27,7 +32,11 @@ from bench.harness import metadata
 from bench.problems import EPS, Data, Problem, draw
 from bench.providers import PROVIDERS, absent
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ON_GPU, ON_CPU = Problem(64, 4096), Problem(4, 64)
+RESULTS = Path(__file__).parent / "results"
 WINDOW = 200e-6  # seconds of calls between two looks at the clock: short, so that most windows pass undisturbed
 WINDOWS = 400
 
@@ -123,23 +132,87 @@ def _stub():
     return stubbed()
 
 
+def result(problem: Problem, times: dict[str, HostTimes], gpu: bool) -> dict:
+    driver = "the GPU's" if gpu else "stubbed: Triton's launches end in a driver that does nothing"
+    return {
+        "metadata": metadata()
+        | {"cpu": f"{os.cpu_count()} x {_cpu()}", "load": round(os.getloadavg()[0], 1)},  # what else ran slows calls down
+        "driver": driver,
+        "problem": f"{problem.m} x {problem.n}, {problem.dtype}",
+        "us": {name: {what: round(us, 2) for what, us in found._asdict().items()} for name, found in times.items()},
+    }
+
+
+def _cpu() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def save(result: dict, folder: Path) -> Path:
+    where = re.sub(r"[^a-z0-9]+", "-", result["metadata"]["gpu"].lower()) if result["metadata"]["gpu"] != "none" else "stubbed"
+    path = folder / f"host-{where}-{re.sub(r'[^0-9]', '', result['metadata']['date'])[:14]}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    return max(folder.glob("host-*.json"), key=lambda file: file.stem.split("-")[-1], default=None)
+
+
+def draw_times(result: dict) -> "Figure":
+    """Bars of µs a call: forward without grad, with, and with the backward."""
+    from matplotlib.figure import Figure
+
+    about, found = result["metadata"], result["us"]
+    figure = Figure(figsize=(9.4, 1.6 + 0.55 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    # Okabe and Ito's colours, which the colour-blind tell apart.
+    parts = {"no_grad": ("forward, no grad", "#56B4E9"), "grad": ("forward", "#0072B2"), "training": ("forward and backward", "#D55E00")}
+    for i, (part, (label, colour)) in enumerate(parts.items()):
+        bars = axes.barh([y + 0.26 * (i - 1) for y in range(len(found))], [times[part] for times in found.values()], 0.24, color=colour)
+        axes.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=8)
+        bars.set_label(label)
+    axes.set_yticks(range(len(found)), found)
+    axes.invert_yaxis()
+    axes.set(xlabel="host time of a call (µs)", xlim=(0, 1.1 * max(times["training"] for times in found.values())))
+    axes.legend(frameon=False, fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    versions = ", ".join(f"{key} {about[key]}" for key in ("triton_rmsnorm", "torch", "triton"))
+    where = f"{about['gpu']}, driver {about['driver']}" if about["gpu"] != "none" else "no GPU, the driver is a stub that does nothing"
+    figure.suptitle(f"{result['problem']}; {where}\n{about['cpu']}, load {about['load']}, {versions}, {about['date'][:10]}", fontsize=9)
+    return figure
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n\n")[0])
     parser.add_argument("--profile", action="store_true", help="also show where the time of ours goes")
+    parser.add_argument("--json", action="store_true", help=f"write figures and a picture to {RESULTS.parent.name}/{RESULTS.name}")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     problem, driver = (ON_GPU, nullcontext()) if gpu else (ON_CPU, _stub())
+    times = {}
     with driver:
         data = draw(problem, torch.device("cuda" if gpu else "cpu"))
         found = norms(problem, data, gpu)
-        about = ", ".join(f"{key} {value}" for key, value in metadata().items() if value)
-        table = Table("µs a call", "forward, no grad", "forward", "forward and backward", caption=f"{problem}; {about}")
         for name, norm in found.items():
             data.x.requires_grad_(False)
-            table.add_row(name, *(f"{us:.1f}" for us in host_times(norm, data, window_time)))
-        Console(width=120).print(table)
+            times[name] = host_times(norm, data, window_time)
         if options.profile:
             profile(data, found["ours: RMSNorm"])
+    measured = result(problem, times, gpu)
+    about = ", ".join(f"{key} {value}" for key, value in measured["metadata"].items() if value)
+    table = Table("µs a call", "forward, no grad", "forward", "forward and backward", caption=f"{measured['problem']}; {about}")
+    for name, calls in measured["us"].items():
+        table.add_row(name, *(f"{us:.1f}" for us in calls.values()))
+    Console(width=120).print(table)
+    if options.json:
+        path = save(measured, RESULTS)
+        draw_times(measured).savefig(path.with_suffix(".png"), dpi=130)
+        print(f"{path}, {path.with_suffix('.png')}")
     return 0
 
 

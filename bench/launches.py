@@ -25,7 +25,7 @@ class Variant(NamedTuple):
     """What a norm has besides an input and a weight."""
 
     groups: int = 1
-    residual: bool = False
+    residual: str | None = None  # its dtype
     gate: bool = False
     needs_dw: bool = True
     steps: Mapping = MappingProxyType({})  # further fields of Spec
@@ -36,9 +36,11 @@ VARIANTS = {
     "frozen": Variant(needs_dw=False),
     "rounded": Variant(steps={"x_hat_dtype": torch.bfloat16}),
     "groups": Variant(groups=8),
-    "add": Variant(residual=True),
+    "add": Variant(residual="bf16"),
+    "add_fp32": Variant(residual="fp32"),
     "gate": Variant(gate=True, steps={"activation": "silu"}),
     "gate_first": Variant(gate=True, steps={"activation": "silu", "norm_before_gate": False}),
+    "gate_rounded": Variant(gate=True, steps={"activation": "gelu", "x_hat_dtype": torch.bfloat16}),
 }
 
 
@@ -105,12 +107,12 @@ def _call(problem: Problem, rows: int, device: str) -> tuple[list[Tensor | None]
     x = empty(rows, columns)
     weight = empty(columns, dtype=DTYPES[problem.weight_dtype]) if problem.weight_dtype else None
     gate = empty(rows, columns) if variant.gate else None
+    residual = empty(rows, columns, dtype=DTYPES[variant.residual]) if variant.residual else None
     if problem.direction == "forward":
-        residual = empty(rows, columns) if variant.residual else None
         return [x, weight, residual, gate], list(launch.forward(x, weight, spec, residual, gate))
     dy = empty(rows, columns, dtype=spec.output_dtype(x, weight))
-    dresidual_out = empty(rows, columns) if variant.residual else None
     rstd = empty(*spec.rstd_shape(x.shape), dtype=accumulation_dtype(x))
-    needs = launch.Needs(dgate=variant.gate, dw=variant.needs_dw)
-    gradients = launch.backward(dy, x, weight, rstd, spec, gate, dresidual_out, needs=needs)
-    return [dy, x, weight, rstd, gate, dresidual_out], list(gradients)
+    needs = launch.Needs(dresidual=variant.residual not in (None, problem.dtype), dgate=variant.gate, dw=variant.needs_dw)
+    normed = x if residual is None else torch.empty_like(residual)  # x + residual, as the forward returned it
+    gradients = launch.backward(dy, normed, weight, rstd, spec, gate, residual, x.dtype, needs)
+    return [dy, normed, weight, rstd, gate, residual], list(gradients)

@@ -1,6 +1,8 @@
-"""`python -m bench.plot [FILE ...]`: draws results of bench.run, by default the newest, and prints them as a table with wins and losses.
+"""`python -m bench.plot [FILE ...]`: draws results, by default the newest of bench.run and of bench.audit; those of runs are printed, too.
 
-The picture, beside the first file: GB/s over N with the ceiling, and ours against the best peer; forward left, backward right.
+Of bench.run, beside the first file: GB/s over N with the ceiling, and ours against the best peer; forward left, backward right. Of
+bench.audit, which is no speed, beside each: bytes moved over N, and registers and spills of every variant. Files of bench.host and
+bench.train are drawn again as they were.
 """
 
 import argparse
@@ -8,12 +10,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from bench import compare_training, host, plot_audit
 from bench.problems import DIRECTIONS, Problem, rows
 from bench.providers import CEILING, OURS, PROVIDERS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RESULTS = Path(__file__).parent / "results"
+DRAWERS = {"audit": plot_audit.picture, "host": host.draw_times, "train": compare_training.draw}  # by the first word of a file's name
 # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each.
 _STYLES = {
     OURS: ("#D55E00", "o"),
@@ -116,14 +123,12 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def draw(runs: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+def draw(runs: list[dict]) -> "Figure":
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     compared, about = comparisons(runs), runs[-1]["metadata"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharex=True, sharey="row", layout="constrained")
+    figure = Figure(figsize=(9.8, 7.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for direction, (speeds, ratios) in zip(DIRECTIONS, axes.T, strict=False):
         here = sorted((c for c in compared if c.problem.direction == direction), key=lambda c: c.problem.n)
         plain = [c for c in here if c.problem == Problem(rows(c.problem.n), c.problem.n, direction)]
@@ -159,22 +164,31 @@ def draw(runs: list[dict], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.suptitle(f"RMSNorm on {about['gpu']}, torch {about['torch']}, Triton {about['triton']}, L2 cold, {about['date'][:10]}")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
+
+
+def newest_run() -> Path | None:
+    return max(RESULTS.glob("run-*.json"), key=lambda file: file.stem.split("-")[-1], default=None)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="*", type=Path)
-    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("run-*.json"), key=lambda file: file.stem.split("-")[-1])[-1:]
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="run-*.json, which are taken together, or others")
+    files = parser.parse_args(arguments).files or [file for file in (newest_run(), plot_audit.newest(RESULTS)) if file]
     if not files:
         print(f"There are no results in {RESULTS}: python -m bench.run makes them.")
         return 1
-    runs = [json.loads(file.read_text()) for file in files]
-    picture = files[0].with_suffix(".png")
-    draw(runs, picture)
-    print(report(runs))
-    print(f"\n{picture}")
+    pictures = {file: DRAWERS[kind] for file in files if (kind := file.name.split("-")[0]) in DRAWERS}
+    if measured := [file for file in files if file not in pictures]:
+        runs = [json.loads(file.read_text()) for file in measured]
+        picture = measured[0].with_suffix(".png")
+        draw(runs).savefig(picture, dpi=150)
+        print(report(runs))
+        print(f"\n{picture}")
+    for file, drawer in pictures.items():
+        picture = file.with_name(f"{file.stem}.png")
+        drawer(json.loads(file.read_text())).savefig(picture, dpi=130)
+        print(picture)
     return 0
 
 

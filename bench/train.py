@@ -1,7 +1,7 @@
 """Trains a model on English text, byte by byte, with the norms of Hugging Face and with ours, and compares losses, speed and memory.
 
     python -m bench.train                  a small Llama; without a GPU the kernels run in Triton's interpreter
-    python -m bench.train --preset 1b      one of a billion parameters; meant for a GPU
+    python -m bench.train --preset 1b      a billion parameters, with the norms of every provider; meant for a GPU (bench.compare_training)
     python -m bench.train --model olmo2    a tiny model of any type that transformers can train on text
 
 All runs start from one seed and see the same batches. Two computations that differ only in rounding still drift apart in training; how
@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -28,56 +28,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bench.training import CPU, PRESETS, SEED, Job, batches, count_parameters, device_name, interpreted, new_model, read_text, train
+
 # Neither Triton nor what imports it (triton_rmsnorm, optimizers) may be imported before main has decided whether Triton interprets.
 
-SEED = 0
-CPU = torch.device("cpu")
 # Measured on CPUs with the tiny preset, over seeds. What rounds differently, but rightly, strays at most 2.1 times as far as the control
 # (ours, three seeds, and x / sqrt(...) in place of x * rsqrt(...), 17 seeds); in bf16 0.4 times. In fp32, an output 0.01 % too large strays
 # at least 30 times as far, and the lost dgamma of one sequence in eight at least 170 times. In bf16 the control itself is so coarse that
 # an error of 1 % in dx does not show.
 DRIFT = 4
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained, and how: everything but the norms."""
-
-    sizes: dict[str, int] | None  # of transformers.LlamaConfig; None: those of bench.tiny_models
-    seq_len: int  # tokens, which are bytes
-    batch: int  # sequences a step
-    steps: int
-    dtype: torch.dtype  # of parameters and activations
-    learning_rate: float
-    device: torch.device = CPU
-    model: str = "llama"  # a model type of transformers
-
-    @property
-    def tokens(self) -> int:
-        """Tokens a step."""
-        return self.batch * self.seq_len
-
-
-PRESETS = {
-    # fp32, because gammas near 1 do not move in bf16: a step of 0.001 is less than half the distance to the next number.
-    "tiny": Job(
-        {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-        seq_len=128,
-        batch=8,
-        steps=100,
-        dtype=torch.float32,
-        learning_rate=1e-3,
-    ),
-    # The sizes of Llama-3.2-1B, but for its vocabulary.
-    "1b": Job(
-        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-        seq_len=4096,
-        batch=4,
-        steps=50,
-        dtype=torch.bfloat16,
-        learning_rate=1e-4,
-    ),
-}
 
 
 def huggingface(model: nn.Module) -> nn.Module:
@@ -151,21 +110,15 @@ def run(name: str, job: Job, text: Tensor, before: dict[str, Run]) -> Run:
     return Run(losses, statistics.median(seconds), peak_bytes)
 
 
-def new_model(job: Job) -> nn.Module:
-    """A model of random weights, the same for every call, which leaves random numbers in the same state; one token a byte."""
-    if job.sizes is None:
-        from bench.tiny_models import tiny_model
+def largest_difference(run: Run, baseline: Run) -> float:
+    """NaN if any loss is."""
+    return (torch.tensor(run.losses, dtype=torch.float64) - torch.tensor(baseline.losses, dtype=torch.float64)).abs().max().item()
 
-        model = tiny_model(job.model, SEED)
-        model.config.get_text_config().use_cache = False
-        torch.manual_seed(SEED)
-        return model.to(job.device, job.dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(job.model, vocab_size=256, max_position_embeddings=job.seq_len, use_cache=False, **job.sizes)
-    torch.manual_seed(SEED)
-    with job.device:
-        return AutoModelForCausalLM.from_config(config, dtype=job.dtype)
+def tolerance(runs: dict[str, Run]) -> float:
+    """DRIFT times the largest difference that the control showed, or one rounding of the loss, which is fp32 and may show none."""
+    rounding = torch.finfo(torch.float32).eps * max(runs[BASELINE].losses)
+    return DRIFT * max(rounding, largest_difference(runs[CONTROL], runs[BASELINE]))
 
 
 def unfit(job: Job) -> str:
@@ -186,37 +139,6 @@ def unfit(job: Job) -> str:
     return "" if patch(model).replaced else f"must be one with RMS norms, but patch replaces nothing in {job.model}"
 
 
-def batches(job: Job, text: Tensor) -> Iterator[Tensor]:
-    """For each step, tokens [batch, seq_len] from random places of the text, the same for every call."""
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in range(job.steps):
-        starts = torch.randint(len(text) - job.seq_len + 1, (job.batch, 1), generator=generator)
-        yield text[starts + torch.arange(job.seq_len)].long().to(job.device)
-
-
-def train(model: nn.Module, batches: Iterator[Tensor], learning_rate: float) -> Iterator[float]:
-    """Trains, and yields the loss of each step when the step is done."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    for tokens in batches:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss.item()  # waits for the GPU
-
-
-def largest_difference(run: Run, baseline: Run) -> float:
-    """NaN if any loss is."""
-    return (torch.tensor(run.losses, dtype=torch.float64) - torch.tensor(baseline.losses, dtype=torch.float64)).abs().max().item()
-
-
-def tolerance(runs: dict[str, Run]) -> float:
-    """DRIFT times the largest difference that the control showed, or one rounding of the loss, which is fp32 and may show none."""
-    rounding = torch.finfo(torch.float32).eps * max(runs[BASELINE].losses)
-    return DRIFT * max(rounding, largest_difference(runs[CONTROL], runs[BASELINE]))
-
-
 def what_fits(job: Job, text: Tensor) -> Job | None:
     """The largest of ever halved jobs that every provider gets through: two steps, because AdamW's state comes with the first."""
     while job.batch > 1 or job.seq_len > 64:
@@ -228,17 +150,6 @@ def what_fits(job: Job, text: Tensor) -> Job | None:
             continue
         return job
     return None
-
-
-def read_text(path: Path | None) -> Tensor:
-    """Bytes of a file, or of the help texts on the language that every Python has."""
-    if path is not None:
-        data = path.read_bytes()
-    else:
-        from pydoc_data.topics import topics
-
-        data = "\n\n".join(topics.values()).encode()
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def figures(job: Job, source: str, runs: dict[str, Run]) -> dict:
@@ -266,18 +177,6 @@ def figures(job: Job, source: str, runs: dict[str, Run]) -> dict:
             for name, run in runs.items()
         },
     }
-
-
-def count_parameters(job: Job) -> int:
-    return sum(parameter.numel() for parameter in new_model(replace(job, device=torch.device("meta"))).parameters())
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def plot(result: dict, path: Path) -> None:
@@ -324,8 +223,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_positive, help="sequences a step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and activations")
     parser.add_argument("--device", help="cuda or cpu; a GPU if there is one")
+    parser.add_argument("--checkpointing", action="store_true", help="keep a layer's input instead of its activations")
+    parser.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="time every provider instead of comparing two (what --preset 1b does unless --no-compare)",
+    )
     parser.add_argument("--text", type=Path, help="file to train on instead of Python's help texts")
-    parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder for the picture and the figures")
+    parser.add_argument("--out", type=Path, help="folder for picture and figures (out/train; of all providers on a GPU bench/results)")
     args = parser.parse_args(argv)
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -341,8 +246,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.dtype is not None:
         given["dtype"] = getattr(torch, args.dtype)
     if args.model is not None:
+        if args.compare:
+            parser.error("--model is for two runs: every provider (--compare) is for Llamas")
         given |= {"model": args.model, "sizes": None}
-    args.job = replace(PRESETS[args.preset], device=device, **given)
+    args.job = replace(PRESETS[args.preset], device=device, checkpointing=args.checkpointing, **given)
+    if args.compare is None:
+        args.compare = args.preset == "1b"
+    if args.out is None:
+        args.out = Path(__file__).parent / "results" if args.compare and device.type == "cuda" else Path("out/train")
     args.source = args.text.name if args.text else "pydoc_data.topics"
     args.text = read_text(args.text)
     if not 2 <= args.job.seq_len <= len(args.text):
@@ -371,6 +282,10 @@ def main(argv: list[str] | None = None) -> int:
     if interpreted():
         print("No GPU is used: the kernels run in Triton's interpreter, which shows what they compute, not how fast they are.")
     print()
+    if args.compare:
+        from bench import compare_training  # it imports Triton
+
+        return compare_training.main(job, text, source, args.out)
     runs = None
     try:
         runs = compare(job, text)

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import harness, plot, problems, providers, run, tune
+from bench import harness, launches, plot, plot_audit, problems, providers, run, tune
 from bench.problems import DIRECTIONS, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
 from triton_rmsnorm import autotune, launch, measured, reference, tuning
@@ -370,9 +372,47 @@ def test_plot(tmp_path, monkeypatch, capsys):
     assert str(picture) in capsys.readouterr().out
 
 
+def test_plot_of_the_audit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    figures = {
+        f"{target} {direction} {variant} bf16 bf16 {n}": {"registers": [90, 40], "spilled": [8 * (n > 4096), 0], "bytes": 3 * n * 8192 * 2}
+        for target, variant in (("sm_90", "plain"), ("sm_90", "gate"), ("gfx942", "plain"))
+        for direction in ("forward", "backward")
+        for n in (64, 4096, 16384)
+    }
+    figures["sm_90 forward plain fp32 fp32 64"] = {"registers": [1], "spilled": [0], "bytes": 1}
+    for version in ("3.9.0", "3.10.0"):
+        (tmp_path / f"audit-{version}.json").write_text(json.dumps({"triton": version, "figures": figures}))
+    assert plot.main([]) == 0
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.name == "audit-3.10.0.png" and picture.stat().st_size > 20_000
+    assert str(picture) in capsys.readouterr().out
+
+    frozen = {"triton": "3.9.0", "figures": figures}
+    rows = plot_audit.rows(frozen, ("sm_90",), ("plain", "gate"))
+    assert len(rows) == 12
+    row = rows["sm_90", launches.Problem("forward", "plain", "bf16", "bf16", 4096)]
+    least = 2 * 4096 * 8192 * 2 + 4096 * 2 + 8192 * 4  # x and y, the weight, rstd
+    assert (row.registers, row.spilled, row.least) == (90, 0, least) and row.beyond == 3 * 4096 * 8192 * 2 / least - 1
+    assert len(plot_audit.heat_maps(frozen).axes) == 8  # four maps and their colour bars
+
+
+def test_a_plot_leaves_the_backend_alone(tmp_path):
+    code = """
+import sys
+import matplotlib
+from bench import plot
+matplotlib.use("svg")
+plot.draw([{"metadata": {"gpu": "none", "torch": "2", "triton": "3", "date": "2026-01-01"}, "rows": []}]).savefig(sys.argv[1])
+print(matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, tmp_path / "nothing.png"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "svg False\n"
+
+
 def test_plot_of_what_is_there(tmp_path):
-    plot.draw([made_up(row(LARGE[0], OURS, 100))], tmp_path / "little.png")
-    plot.draw([made_up()], tmp_path / "nothing.png")
+    for rows in ([row(LARGE[0], OURS, 100)], []):
+        plot.draw([made_up(*rows)]).savefig(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=str)

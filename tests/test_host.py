@@ -1,6 +1,7 @@
 """The host's time, and the driver that does nothing: launches of compiled kernels, on a machine without a GPU."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -33,12 +34,23 @@ def run_compiled(code: str) -> str:
 
 
 @on_stub
-def test_host():
-    shown = run_compiled("from bench import host; host.WINDOWS = 3; host.main(['--profile'])")
+def test_host(tmp_path):
+    code = (
+        "from pathlib import Path; from bench import host; host.WINDOWS, host.RESULTS = 3, Path({!r}); host.main(['--profile', '--json'])"
+    )
+    shown = run_compiled(code.format(str(tmp_path)))
     lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in shown.splitlines() if line.startswith("│")}
     assert lines.keys() >= {"ours: RMSNorm", "ours: rms_norm", "F.layer_norm, computed on the CPU", "a Function that does nothing"}
     assert all(0 < float(figure) < 1e5 for line in lines.values() for figure in line)
     assert "launch.py" in shown and "tottime" in shown
+
+    written = host.newest(tmp_path)
+    assert written.name.startswith("host-stubbed-") and written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads(written.read_text())
+    assert result["driver"].startswith("stubbed") and result["metadata"].keys() >= {"cpu", "torch", "triton", "commit", "date"}
+    assert {name: [f"{us:.1f}" for us in times.values()] for name, times in result["us"].items()} == {
+        name: [figure.strip() for figure in figures] for name, figures in lines.items()
+    }
 
 
 @on_stub

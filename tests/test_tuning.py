@@ -98,6 +98,11 @@ def test_long_rows_take_clusters():
             for device in (tuning.SM_90, tuning.SM_100):
                 assert choose(n, 2, 2, device).block_n >= n
             assert (choose(n, 2, 2, tuning.SM_80).block_n < n) == (n > limit)
+    for itemsize in (2, 4):  # a gradient besides dx
+        for device in (tuning.SM_90, tuning.SM_100):
+            assert tuning.backward_config(131072, itemsize, 2, device, 3, 2).block_n == 131072
+        assert tuning.backward_config(16384, itemsize, 2, tuning.GFX942, 3, 2).block_n == 16384
+        assert tuning.backward_config(16384, itemsize, 2, tuning.SM_80, 3, 2).block_n < 16384
     assert tuning.forward_config(32768, 2, 2, tuning.SM_90).num_ctas > 1
     assert tuning.backward_config(16384, 2, 2, tuning.SM_90).num_ctas > 1
 

@@ -8,6 +8,7 @@ fp64 itself is left to the tests, which calculate with more digits.
 import os
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ def errors(dtype: torch.dtype, weight_dtype: torch.dtype, rows: int, columns: in
     )
 
 
-def results(rms_norm, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def results(rms_norm: Callable, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, dx and dw."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     y = rms_norm(x, weight.shape, weight, EPS)

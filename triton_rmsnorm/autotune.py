@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import triton
@@ -138,10 +139,10 @@ class _Trial:
         self.expected: list[Tensor] = []
         self.spills = 0
 
-        def given(*shape, dtype=dtype, wanted=True):
+        def given(*shape: int, dtype: torch.dtype | None = dtype, wanted: bool = True) -> Any:
             return torch.randn(shape, device=place).to(dtype) if wanted and dtype else None
 
-        def written(*shape, dtype=dtype, wanted=True):
+        def written(*shape: int, dtype: torch.dtype | None = dtype, wanted: bool = True) -> Tensor | None:
             return torch.empty(shape, dtype=dtype, device=place) if wanted and dtype else None
 
         row_data = (rows, key.n)
@@ -170,7 +171,8 @@ class _Trial:
 
     def _launches(self, config: Config) -> list[tuple[Launch, list[Tensor | None]]]:
         """The launches in order, with their pointers."""
-        layouts = {name: tensor if tensor is None else launch.Layout(*launch._key(tensor)) for name, tensor in self.inputs.items()}
+        keys = {name: launch._key(tensor) for name, tensor in self.inputs.items()}
+        layouts = {name: None if key is None else launch.Layout(*key) for name, key in keys.items()}
         x, weight, gate = layouts["X"], layouts["W"], layouts["GATE"]
         scratch = {}
         steps: tuple[Launch | None, ...]
@@ -196,7 +198,7 @@ class _Trial:
                 _compiled(step, pointers)
 
     def _time(self, steps: list, seconds: float) -> float | None:
-        def call():
+        def call() -> None:
             for step, pointers in steps:
                 step(*pointers)
 
@@ -219,7 +221,7 @@ class _Trial:
         return median(time_cold(call, seconds))
 
 
-def _compiled(step: Launch, pointers: list[Tensor | None]):
+def _compiled(step: Launch, pointers: list[Tensor | None]) -> Any:
     """The compiled kernel of a launch, or, while compiling in the background, a promise of it. Nothing runs."""
     return step.kernel.warmup(*pointers, *step.arguments, grid=step.grid, **step.options)
 

@@ -41,9 +41,10 @@ def rms_norm(
             contiguous. Complex input is computed by torch.
         normalized_shape: the last dimensions, over which the mean is taken.
         weight: gamma of shape normalized_shape, in any of the dtypes above, or None for 1.
-        eps: added to the mean square; None is the machine epsilon of the arithmetic (of fp64 for fp64 input, else of fp32).
+        eps: added to the mean square, in the unit of x^2; None is the machine epsilon of the arithmetic (of fp64 for fp64 input, else of
+            fp32).
         group_size: take the mean over groups of so many columns instead of all; the weight keeps its full shape. None: one group.
-        weight_offset: added to the weight in fp32, as in y = (1 + gamma) x_hat. It needs a weight.
+        weight_offset: added to the weight in fp32, in its unit, as in y = (1 + gamma) x_hat. It needs a weight.
         x_hat_dtype: round the normalized x to this dtype before the weight multiplies it; y then has the dtype of that product.
             None: no rounding, and y has the dtype of x.
         rstd_dtype: round (mean(x^2) + eps)^(-1/2) to this dtype before it multiplies x. None: no rounding.

@@ -264,11 +264,10 @@ def _rms_norm_bwd_kernel(
             g, dg = _activate(z, STEPS)
         if GATE_FIRST:
             u = x * g
+            dg *= x
         x_hat = _x_hat(u, rstd, STEPS)
         if GATE_LAST:
-            if DGATE is not None:
-                product = x_hat if w is None else x_hat * w
-                _store(DGATE + out_row, cols, dy * _round(product, STEPS.product_dtype, STEPS) * dg, mask)
+            dg *= dy
             dy *= g
 
         if DW_PARTIAL is not None:
@@ -286,10 +285,13 @@ def _rms_norm_bwd_kernel(
                 _store(DRESIDUAL + out_row, cols, du, mask)
             if GATE_FIRST:
                 if DGATE is not None:
-                    _store(DGATE + out_row, cols, du * x * dg, mask)
+                    _store(DGATE + out_row, cols, du * dg, mask)
                 du *= g
             if DX is not None:
                 _store(DX + out_row, cols, du, mask)
+        if GATE_LAST and DGATE is not None:
+            product = x_hat if w is None else x_hat * w
+            _store(DGATE + out_row, cols, dg * _round(product, STEPS.product_dtype, STEPS), mask)
 
     if DW_PARTIAL is not None:
         partial = DW_PARTIAL + tl.program_id(0).to(tl.int64) * (groups * N) + first

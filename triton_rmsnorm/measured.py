@@ -12,7 +12,7 @@ import warnings
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from triton_rmsnorm import tuning
 from triton_rmsnorm.tuning import Config, Device
@@ -120,7 +120,7 @@ def read(path: Path, device: Device) -> Table:
     return table
 
 
-def write(path: Path, device: Device, table: Table, **about) -> None:
+def write(path: Path, device: Device, table: Table, **about: Any) -> None:
     """Writes a table, and what else is known about it: versions, date, commit."""
     entries = [
         {"key": key._asdict(), "config": asdict(measured.config), "us": measured.us, "analytic_us": measured.analytic_us}

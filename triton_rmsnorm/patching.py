@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,22 +30,35 @@ Target = nn.Module | type[nn.Module] | str
 
 @dataclass(frozen=True)
 class Row:
-    """Modules of one class with one outcome."""
+    """Modules of one class with one outcome.
 
-    cls: type  # the original's
-    semantics: str  # what they compute; empty if that is not known
+    Args:
+        cls: the original class.
+        semantics: what they compute; empty if that is not known.
+        count: how many modules.
+        status: "replaced", "replaced before" or "left alone"; of a class "to come": instances will be replaced when they are built; of
+            layers whose residual add is taken into a norm "fused" or "fused before".
+        reason: why they were left alone.
+        resembles: whether they are RMS norms, or look like such.
+        names: of the modules in the model.
+    """
+
+    cls: type
+    semantics: str
     count: int
-    # "replaced", "replaced before", "left alone"; of a class "to come": instances will be replaced when they are built; of layers whose
-    # residual add is taken into a norm "fused", "fused before"
     status: str
-    reason: str = ""  # why they were left alone
-    resembles: bool = False  # they are RMS norms, or look like such
-    names: tuple[str, ...] = ()  # of the modules in the model
+    reason: str = ""
+    resembles: bool = False
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `patch` did and did not do, and why. Prints as a table; `rows` is the data."""
+    """What `patch` did and did not do, and why; it prints as a table.
+
+    Args:
+        rows: one for the modules of one class with one outcome.
+    """
 
     rows: tuple[Row, ...]
 
@@ -103,6 +117,12 @@ def unpatch(target: Target) -> None:
     A class, or a model type, is undone for all instances, also those of models that were patched as such. Fused layers whose norms are
     undone alone add and normalize one after another again.
 
+    Args:
+        target: as in patch.
+
+    Returns:
+        None.
+
     Raises:
         TypeError, ValueError, ImportError: as `patch`.
         RuntimeError: a replaced norm or layer has been given yet another class since, as fully_shard does; that has to be undone first.
@@ -116,7 +136,17 @@ def unpatch(target: Target) -> None:
 
 @contextmanager
 def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Iterator[Report]:
-    """`patch` for the length of a with statement. What it replaced is restored at the end, also after an exception; nothing else is."""
+    """`patch` for the length of a with statement. What it replaced is restored at the end, also after an exception; nothing else is.
+
+    Args:
+        target, strict, fuse_residual: as in patch.
+
+    Returns:
+        A context manager, whose value is the report.
+
+    Raises:
+        As patch; and at the end as unpatch.
+    """
     report, modules, constructors = _patch(target, strict, fuse_residual)
     try:
         yield report
@@ -207,7 +237,7 @@ def _wrapped(module: nn.Module, advice: str) -> str:
     return ""
 
 
-def _distributed(thing) -> bool:
+def _distributed(thing: Any) -> bool:
     return str(getattr(inspect.unwrap(getattr(thing, "func", thing)), "__module__", "")).startswith("torch.distributed.")
 
 
@@ -298,11 +328,11 @@ def _replace_constructor(cls: type[nn.Module]) -> bool:
     original = cls.__init__
 
     @functools.wraps(original)
-    def __init__(self, *args, **kwargs):  # noqa: N807
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
         if type(self) is cls:
             row, norm = _outcome(self)
-            if row is not None and row.status == "replaced":
+            if row is not None and norm is not None and row.status == "replaced":
                 self.__class__ = replacement(cls, norm)
                 constructor.built.add(self)
 

@@ -19,9 +19,10 @@ import re
 import types
 import warnings
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def _fingerprint(module: nn.Module) -> Hashable:
     return weakref.ref(type(module).forward), attributes, tensors, children
 
 
-def _key(value) -> tuple:
+def _key(value: Any) -> tuple:
     """Plain values and sequences of them by value, other objects by identity. TypeError if there is no weak reference to them."""
     if isinstance(value, (tuple, list)):
         return type(value), *map(_key, value)
@@ -198,7 +199,7 @@ class _Calls(TorchFunctionMode):
 
     rms_norm = False
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self.rms_norm |= func in (torch.rms_norm, F.rms_norm)
         return func(*args, **(kwargs or {}))
 
@@ -360,7 +361,7 @@ class _Proof:
             yield self._probe(flat[: math.prod(size)].reshape(*size, *self.shape), B16, B16, required=False)
         yield self._probe(flat[:8].reshape(2, 4, *self.shape).transpose(0, 1), B16, B16, required=False)
 
-    def _probe(self, x: Tensor, dtype: torch.dtype = F32, weight: torch.dtype = F32, gate: Tensor | None = None, **rest) -> _Probe:
+    def _probe(self, x: Tensor, dtype: torch.dtype = F32, weight: torch.dtype = F32, gate: Tensor | None = None, **rest: Any) -> _Probe:
         if self.gated:
             gate = (self._randn(*x.shape) if gate is None else gate).to(weight)
         tensor = None if self.weight_shape is None else self._randn(*self.weight_shape).to(weight)

@@ -11,7 +11,7 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:19
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,8 @@ def backward(
     acc = accumulation_dtype(x, gate)
     x_acc, dy = x.to(acc), dy.to(acc)
     rstd = rstd.to(acc).reshape(*x.shape[: -len(spec.normalized_shape)], spec.groups, 1)
-    u, g, g_slope, dgate = x_acc, None, None, None
+    u, g, dgate = x_acc, None, None
+    g_slope: Any = None  # a tensor where g is
     if gate is not None:
         g, g_slope = _activation_and_slope(gate.to(acc), spec)
     if g is not None and not spec.norm_before_gate:
@@ -190,5 +191,5 @@ def _activate(z: Tensor, spec: Spec) -> Tensor:
 
 def _activation_and_slope(z: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     """g = activation(z) and dg/dz, both differentiable."""
-    g, pullback = torch.func.vjp(partial(_activate, spec=spec), z)
+    g, pullback = torch.func.vjp(partial(_activate, spec=spec), z)  # type: ignore[misc]
     return g, pullback(torch.ones_like(g))[0]

@@ -127,10 +127,10 @@ def _compute(module: nn.Module, norm: Norm, x: Tensor, weight: Tensor | None, ga
 
 def _reduce_ex(self, protocol):
     """Pickled and copied as the original's class and what is proved of it, from which any process makes this class again."""
-    cls = type(self)
+    cls: Any = type(self)
     base = next(base for base in cls.__mro__ if is_derived(base))
     function, args, *rest = super(base, self).__reduce_ex__(max(protocol, 2))
-    if base is cls and function is copyreg.__newobj__:
+    if base is cls and function is copyreg.__newobj__:  # type: ignore[attr-defined]
         return _new, (cls._triton_rmsnorm_derive, cls.__bases__[0], cls._triton_rmsnorm), *rest
     return function, args, *rest
 

@@ -41,7 +41,7 @@ class _Output(Tensor):
         frame = sys._getframe(1)
         for instruction in dis.get_instructions(frame.f_code):
             if instruction.offset == frame.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
-                return (self[index] for index in range(instruction.arg))
+                return (self[index] for index in range(instruction.arg or 0))
         return iter(self.as_subclass(Tensor))
 
 

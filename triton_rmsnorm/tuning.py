@@ -51,14 +51,16 @@ class Config:
 
 # Elements of a tile a thread. With 16 the code has a quarter more instructions an element than with 32, since addresses, barriers and
 # reductions cost the same a tile, and the backward sits on the limit of 128 registers (compiled). Where an element takes more registers,
-# which are fp64 and the gradient of a gate, 32 would spill; on AMD there would be one wavefront a scheduler.
+# which are fp64 and a gradient besides dx, 32 would spill; on AMD there would be one wavefront a scheduler.
 ELEMENTS_PER_THREAD = 32
 FEWER_ELEMENTS_PER_THREAD = 16
 # Elements of a row that one thread block holds without spilling (compiled): forward 16384 at 16 warps (96 to 127 registers), backward
-# 8192 at 8 warps (170 to 247: x, dy, w and the accumulated dw). Half of it in fp64 and with a gate. Longer rows take clusters.
+# 8192 at 8 warps (170 to 247: x, dy, w and the accumulated dw). Half of it in fp64 and with a gradient besides dx, of a gate or of a
+# residual in a dtype of its own: such rows take all of it only where nothing else reads them once (248 to 255 registers at 8 warps;
+# roundings around a gate spill 170 bytes a thread, of which all stay in L1). Longer rows take clusters.
 FORWARD_ELEMENTS_PER_CTA = 16384
 BACKWARD_ELEMENTS_PER_CTA = 8192
-# Where there are no clusters, twice as many: 50 to 110 spilled bytes a thread, mostly loop invariants that are loaded again from L1, cost
+# Where there are no clusters, twice as many: 50 to 180 spilled bytes a thread, mostly loop invariants that are loaded again from L1, cost
 # less than reading rows a second time (compiled).
 SPILLING_FACTOR = 2
 # Columns a step where a row is walked in blocks.
@@ -68,6 +70,7 @@ BLOCKED_ELEMENTS = 8192
 # GPUs with more bandwidth an SM.
 BYTES_IN_FLIGHT = 64 * 1024
 # Two tiles on their way at the least: with one, nothing is on its way while a tile is worked on (the next load follows the last store).
+# Where registers are at their limit it may be one: the second of fp32 would spill 40 bytes a thread (compiled).
 MIN_TILES_IN_FLIGHT = 2
 MAX_TILES_IN_FLIGHT = 6
 SCRATCH_BYTES = 4096  # of shared memory, for reductions across warps and the reserve of each thread block
@@ -92,16 +95,20 @@ def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device, 
     """
     budget = _program_budget(FORWARD_OVERHEAD, (loads + stores) * itemsize, weight_itemsize)
     # Two programs an SM overlap one's reduction with the other's loads; where the weight allows only one, it gets the tile of both. With
-    # a gate or in fp64 a program that holds 8192 columns leaves no registers for a second one (compiled).
+    # a gate or in fp64, and with a residual on sm_80, a program that holds 8192 columns leaves no registers for a second one (compiled).
     doubled = max(itemsize, weight_itemsize) == 8
-    per_sm = 2 if n <= (4096 if doubled or loads > stores else 8192) and budget >= 2 * device.num_sms else 1
+    crowded = doubled or loads > stores or (loads > 1 and device.max_ctas == 1)
+    per_sm = 2 if n <= (4096 if crowded else 8192) and budget >= 2 * device.num_sms else 1
+    # With a gate, blocks of a cluster that hold 16384 columns would spill 8 to 32 bytes a thread where some are masked (compiled).
+    halved = loads > stores and not doubled and n > FORWARD_ELEMENTS_PER_CTA and device.max_ctas > 1
     return _config(
         n,
         loads * itemsize,
         reloaded=weight_itemsize,
         tile=8192 // per_sm,
-        capacity=FORWARD_ELEMENTS_PER_CTA,
+        capacity=FORWARD_ELEMENTS_PER_CTA // 2 if halved else FORWARD_ELEMENTS_PER_CTA,
         many_registers=doubled,
+        stretches=False,
         programs_per_sm=per_sm,
         budget=budget,
         device=device,
@@ -111,6 +118,7 @@ def forward_config(n: int, itemsize: int, weight_itemsize: int, device: Device, 
 @cache
 def backward_config(n: int, itemsize: int, weight_itemsize: int, device: Device, loads: int = 2, stores: int = 1) -> Config:
     """Configuration of the backward kernel; `itemsize` is that of the wider of x and dy. With a residual 3 loads, with a gate 3 and 2."""
+    doubled = max(itemsize, weight_itemsize) == 8
     overhead_bytes = weight_itemsize + 2 * max(4, weight_itemsize)  # w is read, a partial dw written and read again
     return _config(
         n,
@@ -118,7 +126,8 @@ def backward_config(n: int, itemsize: int, weight_itemsize: int, device: Device,
         reloaded=0,
         tile=8192,
         capacity=BACKWARD_ELEMENTS_PER_CTA,
-        many_registers=max(itemsize, weight_itemsize) == 8 or stores > 1,
+        many_registers=doubled or stores > 1,
+        stretches=not doubled and (device.max_ctas > 1 or device.backend == "hip"),  # else 180 to 440 bytes a thread would spill (compiled)
         programs_per_sm=1,  # the dw of one program fills its registers, and partial dw is traffic
         budget=_program_budget(BACKWARD_OVERHEAD, (loads + stores) * itemsize, overhead_bytes),
         device=device,
@@ -138,30 +147,48 @@ def _program_budget(overhead: float, row_bytes: int, program_bytes: int) -> int:
     return int(overhead * OVERHEAD_ROWS * row_bytes / program_bytes) if program_bytes else 1 << 16
 
 
-def _config(n, loaded, *, reloaded, tile, capacity, many_registers, programs_per_sm, budget, device) -> Config:
-    """`loaded` bytes are read for each column of a row, and `reloaded` bytes more where it is walked in blocks."""
+def _config(
+    n: int,
+    loaded: int,
+    *,
+    reloaded: int,
+    tile: int,
+    capacity: int,
+    many_registers: bool,
+    stretches: bool,
+    programs_per_sm: int,
+    budget: int,
+    device: Device,
+) -> Config:
+    """`loaded` bytes are read for each column of a row, and `reloaded` bytes more where it is walked in blocks.
+
+    `stretches`: a thread that is given fewer elements, since they take many registers, may be given all where a row fits no other way.
+    """
     block_n = next_power_of_2(n)
     if device.backend == "interpreter":
         block_n = block_n if block_n <= capacity else BLOCKED_ELEMENTS
         return Config(max(1, (1 << 16) // block_n), block_n, 1, 1, 1, device.num_sms)
 
-    if many_registers:
-        tile, capacity = tile // 2, capacity // 2
+    per_thread = ELEMENTS_PER_THREAD if device.backend == "cuda" else FEWER_ELEMENTS_PER_THREAD
     if device.max_ctas == 1:
         capacity *= SPILLING_FACTOR
+    stretched = stretches and many_registers and block_n == capacity * device.max_ctas
+    if many_registers:
+        tile = tile // 2
+    if many_registers and not stretched:
+        capacity, per_thread = capacity // 2, FEWER_ELEMENTS_PER_THREAD
     num_ctas = max(1, block_n // capacity)
     if num_ctas > device.max_ctas:
         num_ctas, block_n, loaded = 1, min(BLOCKED_ELEMENTS, capacity), loaded + reloaded
 
     block_m = max(1, tile // block_n) if num_ctas == 1 else 1  # taller tiles in a cluster cost a barrier a row
     elements = block_m * block_n // num_ctas  # that one thread block holds
-    per_thread = ELEMENTS_PER_THREAD if device.backend == "cuda" and not many_registers else FEWER_ELEMENTS_PER_THREAD
     threads = min(512, max(128, elements // per_thread))
     sms = int(device.num_sms * CLUSTER_SMS) if num_ctas > 2 else device.num_sms
     programs = max(1, min(sms * programs_per_sm // num_ctas, budget))
     num_stages = 1
     if device.backend == "cuda":  # one more than the tiles that are on their way
         tile_bytes = elements * loaded
-        wanted = max(MIN_TILES_IN_FLIGHT, -(-BYTES_IN_FLIGHT // (tile_bytes * programs_per_sm)))
+        wanted = max(1 if stretched else MIN_TILES_IN_FLIGHT, -(-BYTES_IN_FLIGHT // (tile_bytes * programs_per_sm)))
         num_stages += min(wanted, MAX_TILES_IN_FLIGHT, (device.shared_memory // programs_per_sm - SCRATCH_BYTES) // tile_bytes)
     return Config(block_m, block_n, threads // (64 if device.backend == "hip" else 32), num_ctas, num_stages, programs)

@@ -1,0 +1,121 @@
+"""What the comparisons of training share: jobs, the model, its data, the loop.
+
+Neither Triton nor what imports it may be imported here: whether Triton interprets is decided later.
+"""
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SEED = 0
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how: everything but the norms."""
+
+    sizes: dict[str, int] | None  # of transformers.LlamaConfig; None: those of bench.tiny_models
+    seq_len: int  # tokens, which are bytes
+    batch: int  # sequences a step
+    steps: int
+    dtype: torch.dtype  # of parameters and activations
+    learning_rate: float
+    device: torch.device = CPU
+    model: str = "llama"  # a model type of transformers
+    checkpointing: bool = False  # of activations: layers are computed again in the backward
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.seq_len
+
+
+PRESETS = {
+    # fp32, because gammas near 1 do not move in bf16: a step of 0.001 is less than half the distance to the next number.
+    "tiny": Job(
+        {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        seq_len=128,
+        batch=8,
+        steps=100,
+        dtype=torch.float32,
+        learning_rate=1e-3,
+    ),
+    # The sizes of Llama-3.2-1B, but for its vocabulary.
+    "1b": Job(
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+        seq_len=4096,
+        batch=4,
+        steps=50,
+        dtype=torch.bfloat16,
+        learning_rate=1e-4,
+    ),
+}
+
+
+def new_model(job: Job) -> nn.Module:
+    """A model of random weights, the same for every call, which leaves random numbers in the same state; one token a byte."""
+    if job.sizes is None:
+        from bench.tiny_models import tiny_model
+
+        model = tiny_model(job.model, SEED).to(job.device, job.dtype)
+        model.config.get_text_config().use_cache = False
+        torch.manual_seed(SEED)
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(job.model, vocab_size=256, max_position_embeddings=job.seq_len, use_cache=False, **job.sizes)
+        torch.manual_seed(SEED)
+        with job.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=job.dtype)
+    if job.checkpointing:  # under its new name, where transformers has it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
+def batches(job: Job, text: Tensor) -> Iterator[Tensor]:
+    """For each step, tokens [batch, seq_len] from random places of the text, the same for every call."""
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(job.steps):
+        starts = torch.randint(len(text) - job.seq_len + 1, (job.batch, 1), generator=generator)
+        yield text[starts + torch.arange(job.seq_len)].long().to(job.device)
+
+
+def train(model: nn.Module, batches: Iterator[Tensor], learning_rate: float) -> Iterator[float]:
+    """Trains, and yields the loss of each step when the step is done."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    for tokens in batches:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()  # waits for the GPU
+
+
+def read_text(path: Path | None) -> Tensor:
+    """Bytes of a file, or of the help texts on the language that every Python has."""
+    if path is not None:
+        data = path.read_bytes()
+    else:
+        from pydoc_data.topics import topics
+
+        data = "\n\n".join(topics.values()).encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def count_parameters(job: Job) -> int:
+    return sum(parameter.numel() for parameter in new_model(replace(job, device=torch.device("meta"))).parameters())
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
