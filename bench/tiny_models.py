@@ -41,6 +41,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"(rank|lora.*dim)$", 16),
     (r"intermediate|ffn|d_ff|mlp_dim|n_inner|mlp_hidden|feed_forward", INTERMEDIATE),
     (r"_per_layer_input$", 16),
+    (r"num_filters$", 4),
     (r"(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embed_size|embedding_size|^dim|projection_dim|output_dim|width)$", HIDDEN),
     (r"max_position|n_positions|max_seq|n_ctx|max_(target|source)_pos|context_length", 256),
     (r"image_size$", 32),

@@ -246,6 +246,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.dtype is not None:
         given["dtype"] = getattr(torch, args.dtype)
     if args.model is not None:
+        if args.compare:
+            parser.error("--model is for two runs: every provider (--compare) is for Llamas")
         given |= {"model": args.model, "sizes": None}
     args.job = replace(PRESETS[args.preset], device=device, checkpointing=args.checkpointing, **given)
     if args.compare is None:

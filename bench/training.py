@@ -63,10 +63,9 @@ def new_model(job: Job) -> nn.Module:
     if job.sizes is None:
         from bench.tiny_models import tiny_model
 
-        model = tiny_model(job.model, SEED)
+        model = tiny_model(job.model, SEED).to(job.device, job.dtype)
         model.config.get_text_config().use_cache = False
         torch.manual_seed(SEED)
-        model.to(job.device, job.dtype)
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -163,8 +163,8 @@ class _Source:
     def _defined(self, function: ast.FunctionDef) -> Callable:
         """The forward defined once more, with its decorators, in a class of the same name, among the globals of the original."""
         space: dict = {}
-        name = ("_." + self.function.__qualname__).split(".")[-2]
-        name = name if name.isidentifier() else "_"
+        name = self.function.__qualname__.split(".")[-2:][0]
+        name = name if name.isidentifier() else "_"  # not <locals>
         tree = ast.parse(f"class {name}: pass")
         tree.body[0].body = [function]  # type: ignore[attr-defined]
         flags = self.code.co_flags & _FUTURE_FLAGS

@@ -148,20 +148,16 @@ def _key(value: Any) -> tuple:
         return type(value), *map(_key, value)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return type(value), repr(value)
-    return type(value), _Identity(value)
+    return id(value), _Identity(value)
 
 
 class _Identity(weakref.ref):
     """A reference that equals those to the very same object, whatever that thinks of equality and hashes."""
 
-    __slots__ = ("hash",)
-
-    def __init__(self, value: Any) -> None:
-        super().__init__(value)  # type: ignore[call-arg]
-        self.hash = id(value)
+    __slots__ = ()
 
     def __hash__(self) -> int:
-        return self.hash
+        return 0  # the id is beside it
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Identity) and self() is not None and self() is other())
