@@ -94,12 +94,16 @@ def test_neighbours_run(device):
             others = autotune.neighbours(config, key._replace(n=n), device)
             assert len(set(others) - {config}) == len(others) >= 4
             assert all(measured.runs(other, key._replace(n=n), device) for other in others)
+            assert {other.load_policy for other in others} == set(tuning.LOAD_POLICIES)
+            assert {other.store_policy for other in others} == set(tuning.STORE_POLICIES)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"block_m": 3},
+        {"load_policy": "evict_never"},
+        {"store_policy": ".ca"},
         {"num_warps": 64},
         {"num_warps": 0},
         {"num_stages": 0},
