@@ -128,7 +128,7 @@ def read_once(target: str, problem: Problem) -> int:
 
 
 def may_spill(target: str, problem: Problem) -> float:
-    """Bytes a thread: none on sm_90 and sm_100, but for rows where a second read would cost more (compiled). These are
+    """Bytes a thread: none on sm_90 and sm_100, but for rows where a second read is taken to cost more (not measured). These are
 
     - without clusters (Triton before 3.8), the longer half of those that are to be read once, and longer ones;
     - with clusters, the backward of a gate around which values are rounded, beyond 65536 columns.
@@ -154,9 +154,8 @@ def broken_rules(row: Row) -> list[str]:
         for name, width in kernel.widths.items():
             if width < kernel.aligned[name]:
                 broken.append(f"{kernel.name} accesses {name} by {width} bytes, not {kernel.aligned[name]}")
-        if kernel.resident < (
-            kernel.per_sm if kernel.persistent and kernel.grid[0] > 1 else 1
-        ):  # one for each block of columns there must be
+        wanted = kernel.per_sm if kernel.persistent and kernel.grid[0] > 1 else 1  # one for each block of columns there must be
+        if kernel.resident < wanted:
             broken.append(f"{kernel.name} has {kernel.per_sm:.2f} thread blocks an SM, of which {kernel.resident} fit")
     if problem.n <= read_once(row.target, problem):
         broken += [f"{name} is read {times:.3f} times" for name, times in row.reads.items() if times != 1]

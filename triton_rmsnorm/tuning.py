@@ -62,11 +62,11 @@ FEWER_ELEMENTS_PER_THREAD = 16
 # Elements of a row that one thread block holds without spilling (compiled): forward 16384 at 16 warps (96 to 127 registers), backward
 # 8192 at 8 warps (170 to 247: x, dy, w and the accumulated dw). Half of it in fp64 and with a gradient besides dx, of a gate or of a
 # residual in a dtype of its own: such rows take all of it only where nothing else reads them once (248 to 255 registers at 8 warps;
-# roundings around a gate spill 170 bytes a thread, of which all stay in L1). Longer rows take clusters.
+# roundings around a gate spill 144 to 160 bytes a thread; all compiled). Longer rows take clusters.
 FORWARD_ELEMENTS_PER_CTA = 16384
 BACKWARD_ELEMENTS_PER_CTA = 8192
-# Where there are no clusters, twice as many: 50 to 180 spilled bytes a thread, mostly loop invariants that are loaded again from L1, cost
-# less than reading rows a second time (compiled).
+# Where there are no clusters, twice as many: 50 to 210 spilled bytes a thread, mostly loop invariants that are loaded again from L1, are
+# taken to cost less than reading rows a second time (compiled; not measured).
 SPILLING_FACTOR = 2
 # Columns a step where a row is walked in blocks.
 BLOCKED_ELEMENTS = 8192
