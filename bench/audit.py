@@ -115,7 +115,7 @@ def _count(task: tuple[str, Problem]) -> tuple[dict[str, int], dict[str, int], i
 
 def read_once(target: str, problem: Problem) -> int:
     """Up to how many columns rows are to be read once: 131072 where there are clusters, 16384 where there are none (sm_80, gfx942, Triton
-    before 3.8). Half of that in two cases, in which a row fits no other way than by spilling (compiled):
+    before 3.9). Half of that in two cases, in which a row fits no other way than by spilling (compiled):
 
     - the backward in fp64: 120 bytes a thread at 131072 columns in 16 thread blocks;
     - a backward that writes a gradient besides dx, where one NVIDIA thread block holds a row: 180 to 440 bytes a thread at 16384 columns.
@@ -130,7 +130,7 @@ def read_once(target: str, problem: Problem) -> int:
 def may_spill(target: str, problem: Problem) -> float:
     """Bytes a thread: none on sm_90 and sm_100, but for rows where a second read is taken to cost more (not measured). These are
 
-    - without clusters (Triton before 3.8), the longer half of those that are to be read once, and longer ones;
+    - without clusters (Triton before 3.9), the longer half of those that are to be read once, and longer ones;
     - with clusters, the backward of a gate around which values are rounded, beyond 65536 columns.
     """
     once, variant = read_once(target, problem), VARIANTS[problem.variant]

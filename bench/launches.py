@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_rmsnorm import launch, tuning
 from triton_rmsnorm.reference import Spec, accumulation_dtype
 
-CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 DEVICES = {
     device.name: device if CLUSTERS else replace(device, max_ctas=1)
     for device in (tuning.SM_80, tuning.SM_90, tuning.SM_100, tuning.GFX942)

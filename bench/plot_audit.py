@@ -81,7 +81,7 @@ def rows(frozen: dict, targets: tuple[str, ...], variants: tuple[str, ...]) -> d
         target, direction, variant, dtype, weight_dtype, n = key.split()
         if target in targets and variant in variants and dtype == weight_dtype == "bf16":
             problem = Problem(direction, variant, dtype, weight_dtype, int(n))
-            recorded = _launches(target, problem, clusters=_version(frozen) >= (3, 8))
+            recorded = _launches(target, problem, clusters=_version(frozen) >= (3, 9))
             least = sum(tensor.nbytes for tensor in (*recorded.inputs, *recorded.outputs))
             most = max(figures["registers"]), max(figures["spilled"])
             found[target, problem] = Frozen(*most, figures["bytes"], least, _asked_for_ahead(target, problem, recorded))

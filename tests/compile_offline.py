@@ -23,7 +23,7 @@ TARGETS = {
     tuning.SM_100: GPUTarget("cuda", 100, 32),
     tuning.GFX942: GPUTarget("hip", "gfx942", 64),
 }
-HAS_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+HAS_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 ROWS = 8192
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

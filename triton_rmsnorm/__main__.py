@@ -45,7 +45,7 @@ def main() -> int:
     here = launch.device_of(torch.empty(0, device=device))
     print(configurations(here))
     if launch.INTERPRETED:
-        print("\nand on an sm_90 GPU with Triton 3.8 or newer:\n")
+        print("\nand on an sm_90 GPU with Triton 3.9 or newer:\n")
         print(configurations(tuning.SM_90))
 
     print("\nLargest errors against fp64, as parts of what is allowed (2 x torch's own + 1 unit in the last place):\n")

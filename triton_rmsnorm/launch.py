@@ -21,7 +21,8 @@ from triton_rmsnorm.reference import Gradients, Spec, accumulation_dtype
 
 INTERPRETED = not isinstance(kernels._rms_norm_fwd_kernel, triton.JITFunction)
 
-_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+# With 3.8 only one-dimensional rows compile (TritonGPUPlanCTAPass), older ones know no reductions across a cluster.
+_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
 
 

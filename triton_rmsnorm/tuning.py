@@ -17,7 +17,7 @@ class Device:
     backend: str  # "cuda", "hip" or "interpreter"
     num_sms: int
     shared_memory: int  # bytes that one program may have
-    max_ctas: int = 1  # thread blocks a row may be spread over; more than 1 needs sm_90 and Triton 3.8 (DSMEM reductions)
+    max_ctas: int = 1  # thread blocks a row may be spread over; more than 1 needs sm_90 and Triton 3.9 (DSMEM reductions)
 
     def __hash__(self) -> int:  # each call looks its launches up by device
         return hash(self.name)
