@@ -11,7 +11,8 @@
 
 With GPUs the devices talk through NCCL; without, they are processes that talk through gloo, and the kernels run in Triton's interpreter.
 Two computations that differ only in rounding drift apart in training; how far is shown by a third run, the control: torch.nn.RMSNorm with
-every gamma moved to a neighbouring number. The losses of ours may differ from torch's by DRIFT times what the control's do (bench.train).
+every gamma moved to a neighbouring number, of the dtype that it is used in. The losses of ours may differ from torch's by DRIFT times what
+the control's do (bench.train).
 """
 
 import argparse
@@ -151,12 +152,7 @@ def torchs(dim: int) -> nn.Module:
     return nn.RMSNorm(dim, eps=1e-6)
 
 
-# A provider is a name, its norm, and what is done to the model before it is spread over devices.
-PROVIDERS: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Module], nn.Module]]] = {
-    "torch": (torchs, lambda model: model),
-    "control": (torchs, control),
-    "ours": (ours, lambda model: model),
-}
+PROVIDERS: dict[str, Callable[[int], nn.Module]] = {"torch": torchs, "control": torchs, "ours": ours}
 
 
 class Run(NamedTuple):
@@ -183,9 +179,11 @@ def batches(job: Job, group: int) -> Iterator[Tensor]:
 
 def run(name: str, job: Job, mesh: DeviceMesh) -> Run:
     """Trains from the one seed."""
-    norm, prepare = PROVIDERS[name]
     torch.manual_seed(SEED)
-    model = PARALLEL[job.parallel](prepare(Decoder(job, norm)).to(job.device), job, mesh)
+    model = Decoder(job, PROVIDERS[name])
+    if name == "control":
+        control(model, job.dtype)
+    model = PARALLEL[job.parallel](model.to(job.device), job, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.learning_rate)
     losses, seconds = [], []
     for tokens in batches(job, mesh.get_local_rank("dp")):
@@ -239,8 +237,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         mesh = new_mesh(job)
         runs = {name: run(name, job, mesh) for name in PROVIDERS}
-        if job.device.type == "cpu":  # gives gloo's threads the time to free their last tensors; torch aborts if they do when Python ends
-            dist.monitored_barrier()
     finally:
         dist.destroy_process_group()
     agrees = largest_difference(runs["ours"], runs["torch"]) <= tolerance(runs)  # not if it is NaN
@@ -262,4 +258,6 @@ def report(job: Job, runs: dict[str, Run], agrees: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # gloo's threads outlive their group, and torch aborts where one frees its last tensor while Python ends

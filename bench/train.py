@@ -43,14 +43,15 @@ def huggingface(model: nn.Module) -> nn.Module:
     return model
 
 
-def control(model: nn.Module) -> nn.Module:
-    """Moves every gamma to a neighbouring number, up or down at random."""
+def control(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Moves every gamma to a neighbouring number of `dtype` (None: its own), up or down at random."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1:
-                towards = torch.randint(2, weight.shape, generator=generator).to(weight.dtype) * 4 - 2
-                weight.copy_(torch.nextafter(weight.cpu(), towards))
+                rounded = weight.cpu().to(dtype or weight.dtype)
+                towards = torch.randint(2, weight.shape, generator=generator).to(rounded.dtype) * 4 - 2
+                weight.copy_(torch.nextafter(rounded, towards))
     return model
 
 

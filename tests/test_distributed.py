@@ -75,6 +75,7 @@ def _process(rank: int, world: int, port: int, failures) -> None:
         if any(failed) and "Timeout" in str(error):
             break
     dist.destroy_process_group()
+    os._exit(0)  # as bench.distributed_train does
 
 
 @cache  # a program has one; torch.compile mistakes one mesh for another that is equal
@@ -98,24 +99,24 @@ def compare(variant: Variant, tensors, on, placements, *, collectives: bool | No
     whole = [t.detach().requires_grad_() for t in tensors]
     expected = tree_leaves(variant.ours(*whole))
     expected_dys = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).cos() for y in expected]
-    torch.autograd.backward(expected, expected_dys)
+    expected_gradients = torch.autograd.grad(expected, whole, expected_dys)
 
     placed = [distributed(t, on, *where) for t, where in zip(tensors, placements, strict=True)]
     with CommDebugMode() as forward:
         outputs = tree_leaves(variant.ours(*placed))
     dys = [distributed(dy, on, *y.placements).detach() for dy, y in zip(expected_dys, outputs, strict=True)]
-    with CommDebugMode() as backward:
-        torch.autograd.backward(outputs, dys)
+    with CommDebugMode() as backward:  # not into .grad: torch 2.11 gathers uneven shards for a gradient that two tensors share
+        gradients = torch.autograd.grad(outputs, placed, dys)
     some = forward.get_total_counts() + backward.get_total_counts() > 0
     assert collectives is None or some == collectives, (forward.comm_counts, backward.comm_counts)
     for ours, theirs in zip(outputs, expected, strict=True):
         assert torch.equal(ours.full_tensor(), theirs)
-    for name, ours, theirs in zip(variant.arguments, placed, whole, strict=True):
+    for name, ours, theirs in zip(variant.arguments, gradients, expected_gradients, strict=True):
         if name == "weight":
-            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+            torch.testing.assert_close(ours.full_tensor(), theirs)
         else:
-            assert torch.equal(ours.grad.full_tensor(), theirs.grad)
-    return [t.grad for t in placed]
+            assert torch.equal(ours.full_tensor(), theirs)
+    return list(gradients)
 
 
 @check
@@ -308,8 +309,10 @@ def fsdp_trains_the_same():
 
 @check_on(2)
 def fsdp_trains_the_same_in_bf16():
+    """Weights are fp32, and bf16 where they are used: that is where the control has to differ."""
     difference, tolerance = losses("fsdp", 1, dtype=torch.bfloat16)
-    assert difference <= tolerance < 1e-1, (difference, tolerance)
+    assert difference <= tolerance, (difference, tolerance)
+    assert 1e-4 < tolerance < 1e-1, tolerance
 
 
 @check
