@@ -283,7 +283,8 @@ def losses(parallel: str, tp: int, **fields) -> tuple[float, float]:
     launched = []
     call = launch.Launch.__call__
     launch.Launch.__call__ = lambda self, *pointers: launched.append(self.kernel.__name__) or call(self, *pointers)
-    job = distributed_train.Job(parallel=parallel, tp=tp, dim=16, layers=1, heads=4, vocabulary=16, seq_len=8, steps=4, **fields)
+    sizes = {"dim": 16, "layers": 1, "heads": 4, "vocabulary": 16, "seq_len": 8, "steps": 4}
+    job = distributed_train.Job(parallel=parallel, tp=tp, **sizes | fields)
     try:
         on = distributed_train.new_mesh(job)
         runs = {name: distributed_train.run(name, job, on) for name in distributed_train.PROVIDERS}
@@ -307,12 +308,14 @@ def fsdp_trains_the_same():
     assert difference <= tolerance < 1e-4, (difference, tolerance)
 
 
+# The control is coarse in bf16: it takes so long until gammas that do not train show beyond it.
+IN_BF16 = {"dtype": torch.bfloat16, "steps": 12, "learning_rate": 3e-2}
+
+
 @check_on(2)
 def fsdp_trains_the_same_in_bf16():
-    """Weights are fp32, and bf16 where they are used: that is where the control has to differ."""
-    difference, tolerance = losses("fsdp", 1, dtype=torch.bfloat16)
-    assert difference <= tolerance, (difference, tolerance)
-    assert 1e-4 < tolerance < 1e-1, tolerance
+    difference, tolerance = losses("fsdp", 1, **IN_BF16)
+    assert difference <= tolerance < 1e-1, (difference, tolerance)
 
 
 @check
@@ -329,12 +332,12 @@ def fsdp_and_tp_train_the_same():
 
 @check_on(2)
 def a_lost_gradient_shows():
-    """The comparison of losses is one that can fail: dgamma of one process is lost."""
-    run = launch.backward
+    """The comparison of losses is one that can fail: dgamma of one process is lost, in bf16 that of both."""
+    run, losing = launch.backward, (1,)
 
     def lossy(*args, **kwargs):
         gradients = run(*args, **kwargs)
-        if dist.get_rank() and gradients.dw is not None:
+        if dist.get_rank() in losing and gradients.dw is not None:
             gradients.dw.zero_()
         return gradients
 
@@ -343,6 +346,9 @@ def a_lost_gradient_shows():
         for parallel, tp in (("ddp", 1), ("fsdp", 1), ("tp", 2)):
             difference, tolerance = losses(parallel, tp)
             assert difference > 10 * tolerance, (parallel, difference, tolerance)
+        losing = (0, 1)
+        difference, tolerance = losses("fsdp", 1, **IN_BF16)
+        assert difference > tolerance, (difference, tolerance)
     finally:
         launch.backward = run
 

@@ -119,6 +119,11 @@ def test_start(dtype):
         assert torch.equal(moved[name], tensor) if tensor.dim() > 1 else ((moved[name] == up) | (moved[name] == down)).all(), name
 
 
+def test_control_of_weights_that_are_used_in_bf16():
+    norm = train.control(torch.nn.RMSNorm(64), torch.bfloat16)
+    assert norm.weight.dtype == torch.float32 and set(norm.weight.tolist()) == {1 - 2**-8, 1 + 2**-7}
+
+
 def test_text(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"abc" * 100)
