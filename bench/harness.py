@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bench.problems import Data, Problem
 from bench.providers import Norm, versions
-from triton_rmsnorm import autotune, reference
+from triton_rmsnorm import reference
+from triton_rmsnorm.runtime import autotune
 
 NO_GPU = 69  # exit status; EX_UNAVAILABLE of sysexits.h
 

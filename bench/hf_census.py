@@ -46,9 +46,9 @@ from bench.census_page import differences, page
 from bench.tiny_models import model_types, tiny_batch, tiny_config, tiny_model, unknown
 from bench.workers import in_processes
 from triton_rmsnorm import patch, unpatch
-from triton_rmsnorm.recognition import agree, may_be_norm, recognize
-from triton_rmsnorm.replacement import is_replacement
-from triton_rmsnorm.semantics import evaluate
+from triton_rmsnorm.patching.recognition import agree, may_be_norm, recognize
+from triton_rmsnorm.patching.replacement import is_replacement
+from triton_rmsnorm.patching.semantics import evaluate
 
 PAGE = Path(__file__).parent.parent / "docs" / "hf_census.md"
 SECONDS = 120  # of processor time for one task

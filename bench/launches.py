@@ -10,8 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_rmsnorm import launch, tuning
 from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 DEVICES = {

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bench.launches import DEVICES, Problem, Recorded, launches
-from triton_rmsnorm import tuning
+from triton_rmsnorm.runtime import config as tuning
 
 
 class Target(NamedTuple):

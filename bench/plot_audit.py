@@ -19,7 +19,7 @@ import numpy as np
 from bench.audit import GRID, ROWS
 from bench.launches import VARIANTS, Launches, Problem, launches
 from bench.offline import TARGETS
-from triton_rmsnorm import tuning
+from triton_rmsnorm.runtime import config as tuning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,7 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
-from triton_rmsnorm import launch, tuning
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 DEVICE = replace(tuning.SM_90, max_ctas=16 if launch._CLUSTERS else 1)
 

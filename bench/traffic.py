@@ -15,7 +15,7 @@ import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder
 
 from bench.launches import Problem, Recorded, launches
-from triton_rmsnorm import tuning
+from triton_rmsnorm.runtime import config as tuning
 
 
 class Traffic(NamedTuple):

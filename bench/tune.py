@@ -15,8 +15,9 @@ from tqdm import tqdm
 from bench import harness
 from bench.launches import DTYPES
 from bench.problems import SUITES, Problem
-from triton_rmsnorm import autotune, launch, measured
-from triton_rmsnorm.measured import Key
+from triton_rmsnorm.runtime import autotune, launch
+from triton_rmsnorm.runtime import table as measured
+from triton_rmsnorm.runtime.table import Key
 
 # Tensors of rows that are read and written, by variant.
 _FORWARD = {"plain": (1, 1), "residual": (2, 2), "gated": (2, 1)}

@@ -15,7 +15,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_rmsnorm import add_rms_norm, kernels, launch, rms_norm, rms_norm_gated, tuning
+from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import kernels, launch
 
 TARGETS = {
     tuning.SM_80: GPUTarget("cuda", 80, 32),

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from triton_rmsnorm import launch, reference, tuning
+from triton_rmsnorm import reference
 from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 # torch.empty and its relatives are filled with NaN, so that output that no kernel wrote is noticed.
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -10,7 +10,9 @@ from bench import audit
 from bench.audit import Row, broken_rules, figures, worse
 from bench.launches import DEVICES, VARIANTS, Problem, launches
 from bench.offline import Kernel, accesses
-from triton_rmsnorm import launch, measured, tuning
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime import table as measured
 
 PLAIN = Problem("forward", "plain", "bf16", "bf16", 4096)
 BACKWARD = PLAIN._replace(direction="backward")

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 import triton_rmsnorm
-from triton_rmsnorm import autotune, launch, measured, tuning
-from triton_rmsnorm.measured import Key, Measured
+from triton_rmsnorm.runtime import autotune, launch
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import table as measured
+from triton_rmsnorm.runtime.table import Key, Measured
 
 KEYS = [
     Key("forward", 256, 2, 2, 1, 1),

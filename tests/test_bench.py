@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from bench import harness, launches, plot, plot_audit, problems, providers, run, tune
 from bench.problems import DIRECTIONS, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
-from triton_rmsnorm import autotune, launch, measured, reference, tuning
+from triton_rmsnorm import reference
+from triton_rmsnorm.runtime import autotune, launch
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import table as measured
 
 CPU = torch.device("cpu")
 SMALL = [

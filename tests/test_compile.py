@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from variants import FUNCTIONS, VARIANTS, N, Variant, scalar
 
-from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, launch, rms_norm, tuning
+from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, rms_norm
 from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 ops = torch.ops.triton_rmsnorm
 compiles = partial(torch.compile, backend="aot_eager", fullgraph=True)  # a graph break is an error
@@ -442,7 +444,7 @@ import re, sys
 import torch, triton
 sys.path.insert(0, "tests")
 from compile_offline import TARGETS, Driver, compile_launch, plain
-from triton_rmsnorm import launch, tuning
+from triton_rmsnorm.runtime import launch, config as tuning
 
 triton.runtime.driver.set_active(Driver(TARGETS[tuning.SM_90]))
 launch.device_of = lambda _: tuning.SM_90

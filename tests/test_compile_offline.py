@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from triton_rmsnorm import tuning
+from triton_rmsnorm.runtime import config as tuning
 
 SCRIPT = Path(__file__).with_name("compile_offline.py")
 
@@ -28,7 +28,7 @@ POLICIES = """
 from dataclasses import replace
 from bench.launches import Problem, launches
 from bench.offline import TARGETS, compile_for
-from triton_rmsnorm import measured
+from triton_rmsnorm.runtime import table as measured
 target, choose = TARGETS["sm_80"], measured.choose
 measured.choose = lambda key, device: replace(choose(key, device), num_stages=1, load_policy="evict_first", store_policy=".cs")
 for direction in ("forward", "backward"):

@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from variants import FUNCTIONS, VARIANTS, N, Variant
 
 import triton_rmsnorm
-from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, launch, reference, rms_norm, rms_norm_gated, tuning
+from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
 from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 OPINFO = next(op for op in op_db if op.name == "nn.functional.rms_norm" and not op.variant_test_name)
 MODULEINFO = next(module for module in module_db if module.module_cls is torch.nn.RMSNorm)

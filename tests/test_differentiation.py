@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from variants import FUNCTIONS, VARIANTS, N, Variant, scalar
 
-from triton_rmsnorm import RMSNorm, add_rms_norm, launch, rms_norm, tuning
+from triton_rmsnorm import RMSNorm, add_rms_norm, rms_norm
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 SHAPE = (2, 3, N)
 

@@ -20,8 +20,10 @@ from conftest import draw
 from torch.utils._pytree import tree_leaves
 from variants import VARIANTS, N, Variant
 
-from triton_rmsnorm import launch, rms_norm, tuning
+from triton_rmsnorm import rms_norm
 from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 CPU = torch.device("cpu")
 CHECKS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {}

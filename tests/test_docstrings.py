@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import triton_rmsnorm
-from triton_rmsnorm import patching
+from triton_rmsnorm.patching import patching
 
 HEADINGS = ("Args", "Returns", "Raises", "Source")
 NUMBERS = re.compile(r"\b(int|float)\b")

@@ -58,7 +58,8 @@ WITHOUT_INTERPRETER = """
 import torch
 from torch.nn import functional as F
 import triton_rmsnorm
-from triton_rmsnorm import launch, reference
+from triton_rmsnorm import reference
+from triton_rmsnorm.runtime import launch
 
 def fail(*_):
     raise AssertionError("launched on the CPU")

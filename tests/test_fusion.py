@@ -9,14 +9,14 @@ from functools import partial
 
 import pytest
 import torch
+import triton_rmsnorm.patching.patching.trial
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import triton_rmsnorm.trial
 from bench.tiny_models import tiny_batch, tiny_model
 from triton_rmsnorm import patch, patched, unpatch
-from triton_rmsnorm.fusion import Fusion, fused
-from triton_rmsnorm.replacement import add_and_normalize
+from triton_rmsnorm.patching.fusion import Fusion, fused
+from triton_rmsnorm.patching.replacement import add_and_normalize
 
 SIZE = 64
 
@@ -323,12 +323,12 @@ def test_a_function_for_a_method():
     ids=["norm of x", "no sum", "sum without gradient", "norm without gradient", "scaled", "dtype"],
 )
 def test_trial_finds_defects(defect, monkeypatch):
-    monkeypatch.setattr(triton_rmsnorm.trial, "add_and_normalize", defect)
+    monkeypatch.setattr(triton_rmsnorm.patching.trial, "add_and_normalize", defect)
     assert "computes something else on a trial" in reason(Layer())
 
 
 def test_trial_finds_failures(monkeypatch):
-    monkeypatch.setattr(triton_rmsnorm.trial, "add_and_normalize", lambda x, residual, norm: 1 / 0)
+    monkeypatch.setattr(triton_rmsnorm.patching.trial, "add_and_normalize", lambda x, residual, norm: 1 / 0)
     assert "fails on a trial: ZeroDivisionError" in reason(Layer())
 
 

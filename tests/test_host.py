@@ -85,7 +85,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 import torch
 from bench.stub_driver import DEVICE, stubbed
-from triton_rmsnorm import autotune, measured
+from triton_rmsnorm.runtime import autotune, table as measured
 key, ticks, ahead = measured.Key("backward", 128, 2, 2, 2, 1), iter(range(100, 0, -10)), []
 base = measured.analytic(key, DEVICE)
 def time_cold(call, seconds):

@@ -9,8 +9,10 @@ import torch
 from conftest import BLOCKED, Results, assert_within_budget, draw, exact, results_of, torchs
 from torch import Tensor
 
-from triton_rmsnorm import RMSNorm, launch, rms_norm, tuning
+from triton_rmsnorm import RMSNorm, rms_norm
 from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 
 def run(x: Tensor, weight: Tensor | None, dy: Tensor) -> Results:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_rmsnorm import launch, rms_norm
+from triton_rmsnorm import rms_norm
 from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.runtime import launch
 
 
 class View(NamedTuple):

@@ -8,8 +8,9 @@ import torch
 from conftest import draw, longdouble, ulp
 from torch import Tensor
 
-from triton_rmsnorm import AddRMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated, tuning
+from triton_rmsnorm import AddRMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
 from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EPS = 1e-5

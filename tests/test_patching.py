@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import triton_rmsnorm
 from triton_rmsnorm import patch, patched, unpatch
-from triton_rmsnorm.recognition import agree
-from triton_rmsnorm.replacement import is_replacement, replacement
-from triton_rmsnorm.semantics import Norm, Semantics
+from triton_rmsnorm.patching.recognition import agree
+from triton_rmsnorm.patching.replacement import is_replacement, replacement
+from triton_rmsnorm.patching.semantics import Norm, Semantics
 
 pytest.importorskip("transformers")
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
@@ -102,7 +102,9 @@ def test_models_compute_what_they_did(model_type, dtype, device, launches):
 def test_the_comparison_of_models_can_fail(llama, monkeypatch):
     """In bf16 the rounding before the weight is all that tells Llama's norm from OLMo's."""
     llama.to(B16)
-    monkeypatch.setattr("triton_rmsnorm.patching.replacement", lambda cls, norm: replacement(cls, Norm(Semantics(), "weight", norm.eps)))
+    monkeypatch.setattr(
+        "triton_rmsnorm.patching.patching.replacement", lambda cls, norm: replacement(cls, Norm(Semantics(), "weight", norm.eps))
+    )
     with pytest.raises(DiffersError, match=r"another output of model\.layers"):
         compare(llama, tiny_batch(llama), B16)
 
@@ -228,7 +230,7 @@ def test_a_whole_model_saved_and_loaded_in_another_process(llama, tmp_path):
     torch.save(llama.cpu(), tmp_path / "model.pt")
     code = (
         "import sys, torch; model = torch.load(sys.argv[1], weights_only=False); norm = model.model.norm;"
-        "print(type(norm).__name__, norm(torch.ones(2, 64)).shape[1], 'triton_rmsnorm.patching' in sys.modules)"
+        "print(type(norm).__name__, norm(torch.ones(2, 64)).shape[1], 'triton_rmsnorm.patching.patching' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

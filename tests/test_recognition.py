@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from triton_rmsnorm import recognition
-from triton_rmsnorm.recognition import HALF_MISMATCHES, agree, recognize
-from triton_rmsnorm.semantics import SEMANTICS, Semantics, evaluate, gated
+from triton_rmsnorm.patching import recognition
+from triton_rmsnorm.patching.recognition import HALF_MISMATCHES, agree, recognize
+from triton_rmsnorm.patching.semantics import SEMANTICS, Semantics, evaluate, gated
 
 
 class Norm(nn.Module):

@@ -8,8 +8,10 @@ import torch
 from conftest import BLOCKED, Results, assert_within_budget, draw, exact, exact_given, longdouble, results_of, torchs
 from torch.nn import functional as F
 
-from triton_rmsnorm import launch, reference, rms_norm, tuning
+from triton_rmsnorm import reference, rms_norm
 from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -11,7 +11,9 @@ from torch.autograd import forward_ad
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from variants import VARIANTS, N, scalar
 
-from triton_rmsnorm import RMSNorm, launch, rms_norm, tuning
+from triton_rmsnorm import RMSNorm, rms_norm
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 LINES = (Path(__file__).parent.parent / "docs" / "transformations.md").read_text().splitlines()
 CELLS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if line.startswith("| ")]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from triton_rmsnorm import tuning
+from triton_rmsnorm.runtime import config as tuning
 
 DEVICES = [tuning.SM_80, tuning.SM_90, replace(tuning.SM_90, max_ctas=1), tuning.SM_100, tuning.GFX942, tuning.INTERPRETER]
 ITEMSIZES = [2, 4, 8]

@@ -9,7 +9,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from triton_rmsnorm import measured, tuning
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import table as measured
 
 ROOT = Path(__file__).parents[1]
 KEY = measured.Key("forward", 4096, 2, 2, 1, 1)
@@ -52,7 +53,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_files(tree, wheel):
     package = tree / "triton_rmsnorm"
     files = {path.relative_to(tree).as_posix() for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert files >= {"triton_rmsnorm/py.typed", "triton_rmsnorm/tuned/planted.json", "triton_rmsnorm/kernels.py"}
+    assert files >= {"triton_rmsnorm/py.typed", "triton_rmsnorm/tuned/planted.json", "triton_rmsnorm/runtime/kernels.py"}
     names = set(ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == files
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -61,7 +62,7 @@ def test_files(tree, wheel):
 def test_it_is_imported_from_there(installed, tmp_path):
     code = f"""
 import triton_rmsnorm
-from triton_rmsnorm import measured, tuning
+from triton_rmsnorm.runtime import table as measured, config as tuning
 print(triton_rmsnorm.__file__)
 print(measured.shipped(tuning.SM_90)[measured.Key(*{tuple(KEY)})].config)
 """

@@ -16,7 +16,9 @@ import triton
 from torch import Tensor
 
 import triton_rmsnorm
-from triton_rmsnorm import launch, reference, tuning
+from triton_rmsnorm import reference
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
 
 EPS = 1e-6
 DTYPES = [  # of x and dy, and of the weight

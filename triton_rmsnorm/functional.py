@@ -12,9 +12,10 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from triton_rmsnorm import launch, reference
+from triton_rmsnorm import reference
 from triton_rmsnorm.ops import normalize
 from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.runtime import launch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

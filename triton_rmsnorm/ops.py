@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_rmsnorm import launch, reference
-from triton_rmsnorm.launch import Needs
+from triton_rmsnorm import reference
 from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime.launch import Needs
 
 _SPEC = (
     "SymInt[] normalized_shape, float eps, SymInt? group_size, float weight_offset, ScalarType? x_hat_dtype, ScalarType? rstd_dtype, "

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from triton_rmsnorm.fusion import Fusion, fused, fusible
-from triton_rmsnorm.recognition import isolated, may_be_norm, recognize
-from triton_rmsnorm.replacement import is_derived, is_replacement, replacement
-from triton_rmsnorm.semantics import Norm
+from triton_rmsnorm.patching.fusion import Fusion, fused, fusible
+from triton_rmsnorm.patching.recognition import isolated, may_be_norm, recognize
+from triton_rmsnorm.patching.replacement import is_derived, is_replacement, replacement
+from triton_rmsnorm.patching.semantics import Norm
 
 Target = nn.Module | type[nn.Module] | str
 

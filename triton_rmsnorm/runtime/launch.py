@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_rmsnorm import kernels, measured, tuning
 from triton_rmsnorm.reference import Gradients, Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import kernels
+from triton_rmsnorm.runtime import table as measured
 
 INTERPRETED = not isinstance(kernels._rms_norm_fwd_kernel, triton.JITFunction)
 

@@ -31,9 +31,9 @@ from functools import lru_cache
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from triton_rmsnorm.recognition import isolated
-from triton_rmsnorm.replacement import add_and_normalize, derived, is_replacement, part_of
-from triton_rmsnorm.trial import FailedError, in_words, try_out
+from triton_rmsnorm.patching.recognition import isolated
+from triton_rmsnorm.patching.replacement import add_and_normalize, derived, is_replacement, part_of
+from triton_rmsnorm.patching.trial import FailedError, in_words, try_out
 
 _ADD, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_y"
 

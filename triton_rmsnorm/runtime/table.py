@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from triton_rmsnorm import tuning
-from triton_rmsnorm.tuning import Config, Device
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime.config import Config, Device
 
-SHIPPED = Path(__file__).parent / "tuned"
+SHIPPED = Path(__file__).parent.parent / "tuned"
 
 
 class Key(NamedTuple):
@@ -49,7 +49,7 @@ def choose(key: Key, device: Device) -> Config:
     """What was measured for `key`, by autotuning or before shipping; else what autotuning finds, if asked for; else the analytic choice."""
     measured = found.get(device, {}).get(key) or shipped(device).get(key)
     if measured is None and device.backend != "interpreter" and (asked or os.environ.get("TRITON_RMSNORM_AUTOTUNE") == "1"):
-        from triton_rmsnorm import autotune  # it launches kernels: above this module, and only for those who ask
+        from triton_rmsnorm.runtime import autotune  # it launches kernels: above this module, and only for those who ask
 
         measured = autotune.tune(key, device)
     return measured.config if measured else analytic(key, device)

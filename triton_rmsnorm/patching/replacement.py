@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
-from triton_rmsnorm.semantics import Norm
+from triton_rmsnorm.patching.semantics import Norm
 
 PROVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -26,12 +26,14 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from triton_rmsnorm import launch, measured, tuning
 from triton_rmsnorm._version import __version__
-from triton_rmsnorm.launch import Launch, Needs
-from triton_rmsnorm.measured import Key, Measured, runs
 from triton_rmsnorm.reference import Spec
-from triton_rmsnorm.tuning import Config, Device
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime import table as measured
+from triton_rmsnorm.runtime.config import Config, Device
+from triton_rmsnorm.runtime.launch import Launch, Needs
+from triton_rmsnorm.runtime.table import Key, Measured, runs
 
 ELEMENTS = 1 << 26  # of each tensor of rows: well past any L2
 SECONDS = 0.01  # of timing for each configuration, and ten times that for the two finalists

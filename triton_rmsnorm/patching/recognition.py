@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from triton_rmsnorm.semantics import SEMANTICS, Norm, Semantics, evaluate, gated
+from triton_rmsnorm.patching.semantics import SEMANTICS, Norm, Semantics, evaluate, gated
 
 # 8 units in the last place: what rsqrt, pow, sqrt and division, and other orders of summation, amount to.
 FLOAT32_TOLERANCE = 2.0**-20

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from triton_rmsnorm.replacement import add_and_normalize, part_of
+from triton_rmsnorm.patching.replacement import add_and_normalize, part_of
 
 # Largest difference of an output or gradient, relative to its largest element: sums in other orders, in float32.
 TOLERANCE = 1e-4
