@@ -1,26 +1,26 @@
-"""What can be told of a notebook without running it: its outputs are all there and clean, and its text claims no figure of its own."""
+"""The committed notebooks: outputs are complete and clean, and no measured number is written by hand. `.ci/run` executes them."""
 
 import ast
 import base64
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 PNG = b"\x89PNG\r\n\x1a\n"
 
-# A number with a unit of time, speed or share, a date, or a GPU by name: these come from results, never from whoever writes.
+# A number with a unit of time, speed or share, a date, or the name of a GPU: these must come from results.
 MEASURED = re.compile(
     r"\d\s*(%|percent|[GMT]i?B/s|tokens/s|[nµum]s\b|seconds?\b|minutes?\b|x faster|times (as )?(fast|close|slow|less|more))"
     r"|\b20\d\d-\d\d"
     r"|\b([HAB][12]00|MI3\d\d[AX]?|RTX \d+|L40S?|GH200)\b"
 )
-# Folders of somebody's machine; /usr/bin and the like would be one, too.
+# Absolute paths of the machine that executed the notebook.
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/(home|root|tmp|usr|opt|work|workspace|mnt|var|Users|content)/|\b[A-Z]:\\\\?[A-Za-z]")
 
 on_every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -39,14 +39,14 @@ def outputs(path: Path) -> list[dict]:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """All that is printed or displayed as text."""
+    """Everything that is printed or displayed as text."""
     for output in outputs(path):
         for value in (output.get("text", ""), *(value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))):
             yield "".join(value)
 
 
 def written(path: Path) -> Iterator[str]:
-    """All that is written by hand: markdown, comments and strings of code."""
+    """Everything that is written by hand: markdown, and the comments and strings of code."""
     for cell in cells(path, "markdown"):
         yield source(cell)
     for cell in cells(path, "code"):
@@ -62,13 +62,12 @@ def pictures(path: Path) -> list[bytes]:
     return [base64.b64decode(output["data"]["image/png"]) for output in outputs(path) if "image/png" in output.get("data", {})]
 
 
-def test_all_three_are_there():
+def test_names():
     assert [path.stem for path in PATHS] == ["01_rmsnorm", "02_performance", "03_patch_a_model"]
 
 
 @on_every_notebook
 def test_is_valid(path):
-    nbformat = pytest.importorskip("nbformat")
     nbformat.validate(nbformat.read(path, as_version=4))
 
 
@@ -108,58 +107,3 @@ def test_no_path_of_a_machine(path):
 def test_no_measured_number_is_written_by_hand(path):
     found = [match[0] for text in written(path) for match in MEASURED.finditer(text)]
     assert not found
-
-
-@pytest.mark.parametrize(
-    ("text", "caught"),
-    [
-        ("reaches 3.9 TB/s", True),
-        ("25.6 % of outputs", True),
-        ("on an H200", True),
-        ("takes 12 µs", True),
-        ("3 times as fast", True),
-        ("of 2026-11-23", True),
-        ("y = w * x_hat, 8192 rows", False),
-        ("outputs that differ (%)", False),
-        ("eps=1e-6", False),
-    ],
-)
-def test_what_counts_as_measured(text, caught):
-    assert bool(MEASURED.search(text)) == caught
-
-
-@pytest.mark.parametrize(
-    ("text", "caught"),
-    [
-        ("/home/me/x.py:3: Warning", True),
-        ("see /usr/lib/python3", True),
-        ('"C:\\\\Users"', True),
-        ("https://arxiv.org/usr/abs", False),
-        ("bench/results/", False),
-        ("mean of 1/N", False),
-    ],
-)
-def test_what_counts_as_a_path(text, caught):
-    assert bool(ABSOLUTE.search(text)) == caught
-
-
-def test_the_runner_keeps_outputs_and_notices_failures(tmp_path):
-    nbformat, _ = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
-    execute = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(execute)
-
-    def notebook(name: str, *code: str) -> Path:
-        new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in code])
-        nbformat.write(new, tmp_path / name)
-        return tmp_path / name
-
-    good = notebook("good.ipynb", "print(1)\nprint(2)", "3 + 4")
-    bad = notebook("bad.ipynb", "1 / 0")
-    assert execute.main(["--write", str(good)]) == 0
-    (streams, result) = (cell["outputs"] for cell in cells(good, "code"))
-    assert [output["text"] for output in streams] == [["1\n", "2\n"]]
-    assert result[0]["data"]["text/plain"] == ["7"]
-
-    assert execute.main(["--write", str(bad), str(good)]) == 1
-    assert cells(bad, "code")[0]["outputs"] == []

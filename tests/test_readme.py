@@ -1,6 +1,8 @@
-"""Every Python block of README.md runs, .ci/run finds the command for the tests in it, and what it links to and names is there."""
+"""README.md and docs/: the Python blocks run and print what is shown, commands and links exist, and README stays short."""
 
+import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -10,57 +12,65 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(path for name in ("CONTRIBUTING.md", "docs/*.md") for path in sorted(ROOT.glob(name)))]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = sorted(set(re.findall(r"`(python (?:-m bench|notebooks).*?)`", README)))
-SHELL = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
+# Each Python block with the output shown below it: a block without a language.
+EXAMPLES = [
+    (code, shown if kind == "" else "")
+    for (language, code), (kind, shown) in zip(BLOCKS, [*BLOCKS[1:], (None, "")], strict=True)
+    if language == "python"
+]
+COMMANDS = sorted({match for page in PAGES for match in re.findall(r"`python (-m bench[^`]*)`", page.read_text())})
+LINKS = [(page, link) for page in PAGES for link in sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())))]
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-@pytest.mark.parametrize("interpret", [True, False], ids=["as-tested", "plain"])
-def test_python_blocks(code, interpret, tmp_path):
-    """In a fresh process, as a reader would run them; without a GPU, once interpreted and once not."""
-    environment = {name: value for name, value in os.environ.items() if interpret or name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize(("code", "shown"), EXAMPLES, ids=[f"block {i}" for i in range(len(EXAMPLES))])
+def test_examples(code, shown):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert printed.getvalue() == shown
+
+
+@pytest.mark.slow
+def test_examples_as_a_reader_runs_them(tmp_path):
+    """One after the other in a fresh process elsewhere, without TRITON_INTERPRET."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = "\n".join(code for code, _ in EXAMPLES)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(shown for _, shown in EXAMPLES)
 
 
-def test_blocks_are_found():
-    assert len(PYTHON) >= 2 and {language for language, _ in BLOCKS} == {"python", "sh", ""}
+def test_what_is_found_in_the_pages():
+    """The patterns above find something; a page that is written differently must not pass because nothing is tested."""
+    assert len(EXAMPLES) == 2 and any(shown for _, shown in EXAMPLES)
+    assert {language for language, _ in BLOCKS} == {"python", "sh", ""}
+    assert len(COMMANDS) >= 8 and len(LINKS) >= 20
 
 
-def test_commands():
-    """One line each for the tests and for the main job, and the first is the line that .ci/run runs."""
-    tests, main_job = ([line for line in SHELL if command in line] for command in ("-m pytest", "-m bench.train"))
-    assert len(tests) == len(main_job) == 1
-    found = subprocess.run([ROOT / ".ci" / "test_command"], capture_output=True, text=True, check=True).stdout
-    assert found == tests[0] + "\n"
+def test_one_line_runs_the_tests():
+    """`.ci/run` takes it from README."""
+    assert len(re.findall(r"^python3 -m venv .* -m pytest .*$", README, re.MULTILINE)) == 1
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
-def test_links(link):
-    assert (ROOT / link).exists()
+def test_is_short():
+    assert len(README.split()) < 900
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_links(page, link):
+    assert (page.parent / link).exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_in_the_text(command, capsys, monkeypatch):
-    """The program is there, and knows the options."""
-    _, *arguments = shlex.split(command)
-    if arguments[0] == "-m":
-        module, options = importlib.import_module(arguments[1]), arguments[2:]
-        with pytest.raises(SystemExit) as exit:
-            module.main([*options, "--help"])
-        assert exit.value.code == 0
-        shown = capsys.readouterr().out
-    else:
-        shown, options = (
-            subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True).stdout,
-            arguments[1:],
-        )
-    assert all(option in shown for option in options)
-
-
-def test_commands_are_found():
-    assert len(COMMANDS) >= 6
+def test_commands(command, capsys):
+    """The program exists and knows the options."""
+    _, module, *options = shlex.split(command)
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module(module).main([*options, "--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in options if option.startswith("--"))
