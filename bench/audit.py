@@ -186,7 +186,7 @@ def frozen_path() -> Path:
 
 
 def freeze(rows: Iterable[Row]) -> None:
-    from bench.harness import metadata  # which imports this module
+    from bench.records import metadata
 
     about = {name: value for name, value in metadata().items() if name in ("commit", "changed", "date")}
     about = json.dumps({"triton": triton.__version__, **about, "rows": ROWS})[:-1]

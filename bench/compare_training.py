@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench import harness, training
+from bench import records, training
 from bench.training import Job
 from triton_rmsnorm import patch
 
@@ -207,7 +207,7 @@ def result(job: Job, source: str, runs: dict[str, Run]) -> dict:
     """Everything that was measured, and on what."""
     baseline = runs.get(BASELINE, Run("absent"))
     return {
-        "metadata": harness.metadata() | {"transformers": version("transformers"), "device": training.device_name(job.device)},
+        "metadata": records.metadata() | {"transformers": version("transformers"), "device": training.device_name(job.device)},
         "interpreted": training.interpreted(),
         "model": {"type": "llama", "parameters": training.count_parameters(job), **job.sizes},
         "text": source,

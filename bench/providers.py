@@ -7,17 +7,15 @@ Each is given its best: the fastest of its entry points that computes what is as
 """
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
 import triton_rmsnorm
-from bench.problems import EPS, Problem
+from bench.problem import EPS, Problem
 from triton_rmsnorm import reference
 
 Norm = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor | tuple[Tensor, Tensor]]
@@ -28,12 +26,12 @@ class UnsupportedError(Exception):
 
 
 def ours(problem: Problem) -> Norm:
-    shape = (problem.n,)
+    shape, knobs = (problem.columns,), problem.knobs
     return {
-        "plain": lambda x, weight, residual, gate: triton_rmsnorm.rms_norm(x, shape, weight, EPS),
-        "residual": lambda x, weight, residual, gate: triton_rmsnorm.add_rms_norm(x, residual, shape, weight, EPS),
-        "gated": lambda x, weight, residual, gate: triton_rmsnorm.rms_norm_gated(x, gate, shape, weight, EPS),
-    }[problem.variant]
+        "plain": lambda x, weight, residual, gate: triton_rmsnorm.rms_norm(x, shape, weight, EPS, **knobs),
+        "residual": lambda x, weight, residual, gate: triton_rmsnorm.add_rms_norm(x, residual, shape, weight, EPS, **knobs),
+        "gate": lambda x, weight, residual, gate: triton_rmsnorm.rms_norm_gated(x, gate, shape, weight, EPS, **knobs),
+    }[problem.kind]
 
 
 def eager(problem: Problem) -> Norm:
@@ -63,10 +61,10 @@ def liger(problem: Problem) -> Norm:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    if problem.variant == "gated":
+    if problem.kind == "gate":
         raise UnsupportedError("has no gated norm")
-    if problem.variant == "residual":
-        if problem.residual_dtype != problem.dtype:
+    if problem.kind == "residual":
+        if problem.own_dresidual:
             raise UnsupportedError("keeps the sum in the dtype of x")
         return lambda x, weight, residual, gate: LigerFusedAddRMSNormFunction.apply(x, residual, weight, EPS, 0.0, "gemma")
     # "gemma" is all in fp32, as torch; dx goes over the gradient that arrives, its default, without which it fills dx with zeros first
@@ -76,9 +74,9 @@ def liger(problem: Problem) -> Norm:
 def quack(problem: Problem) -> Norm:
     from quack.rmsnorm import rmsnorm
 
-    if problem.variant == "gated":
+    if problem.kind == "gate":
         raise UnsupportedError("has no gated norm")
-    if problem.variant == "residual":
+    if problem.kind == "residual":
         return lambda x, weight, residual, gate: rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True)
     return lambda x, weight, residual, gate: rmsnorm(x, weight, eps=EPS)
 
@@ -90,14 +88,13 @@ def flash_linear_attention(problem: Problem) -> Norm:
     return {
         "plain": lambda x, weight, residual, gate: rms_norm(x, weight, None, eps=EPS),
         "residual": lambda x, weight, residual, gate: rms_norm(x, weight, None, residual, EPS, prenorm=True),
-        "gated": lambda x, weight, residual, gate: rms_norm_gated(x, gate, weight, None, activation="swish", eps=EPS),
-    }[problem.variant]
+        "gate": lambda x, weight, residual, gate: rms_norm_gated(x, gate, weight, None, activation="swish", eps=EPS),
+    }[problem.kind]
 
 
 class Provider(NamedTuple):
     norm: Callable[[Problem], Norm]
-    package: str | None = None  # that has to be installed, by its name on the index
-    module: str | None = None  # and as it is imported
+    module: str | None = None  # that has to be importable
 
 
 OURS, EAGER, CEILING = "ours", "torch eager", "copy"
@@ -105,9 +102,9 @@ PROVIDERS = {
     OURS: Provider(ours),
     EAGER: Provider(eager),
     "torch.compile": Provider(compiled),
-    "Liger": Provider(liger, "liger-kernel", "liger_kernel.ops.rms_norm"),
-    "QuACK": Provider(quack, "quack-kernels", "quack.rmsnorm"),
-    "fla": Provider(flash_linear_attention, "flash-linear-attention", "fla.modules.norm.layernorm"),
+    "Liger": Provider(liger, "liger_kernel.ops.rms_norm"),
+    "QuACK": Provider(quack, "quack.rmsnorm"),
+    "fla": Provider(flash_linear_attention, "fla.modules.norm.layernorm"),
 }
 
 
@@ -121,17 +118,6 @@ def absent() -> dict[str, str]:
         except Exception as error:  # whatever it is that a foreign package trips over on this machine, it is absent
             reasons[name] = f"{type(error).__name__}: {error}"
     return reasons
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are installed, by their names on the index."""
-    found = {"triton_rmsnorm": triton_rmsnorm.__version__, "torch": torch.__version__, "triton": triton.__version__}
-    for name in ("nvidia-cutlass-dsl", *(provider.package for provider in PROVIDERS.values() if provider.package)):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def path(call: Callable[[], object]) -> str:

@@ -25,6 +25,14 @@ NO_GPU = 69  # exit status of a measurement without a GPU; EX_UNAVAILABLE of sys
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "flash-linear-attention")
 
 
+def gpu() -> torch.device:
+    """The GPU that is measured. Without one the program ends with status NO_GPU."""
+    if not torch.cuda.is_available():
+        print("There is no GPU here, and nothing to be measured without one.")
+        raise SystemExit(NO_GPU)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def metadata() -> dict:
     """What a measurement depends on besides the code that is measured."""
     return {

@@ -1,8 +1,6 @@
 """The benchmark, end to end on small problems, with the interpreter for a GPU and a clock that is made up."""
 
-import itertools
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import harness, launches, plot, plot_audit, problems, providers, run, tune
-from bench.problems import DIRECTIONS, Problem, draw
+from bench import launches, plot, plot_audit, providers, records
+from bench import problem as problems
+from bench.problem import DIRECTIONS, LAYOUTS, VARIANTS, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
+from bench.speed import check, report, run, tune
 from triton_rmsnorm import reference
 from triton_rmsnorm.runtime import autotune, launch
 from triton_rmsnorm.runtime import config as tuning
@@ -21,10 +21,10 @@ from triton_rmsnorm.runtime import table as measured
 
 CPU = torch.device("cpu")
 SMALL = [
-    Problem(32, 48, direction, variant, dtype, weight_dtype, residual_dtype, layout)
-    for direction, variant, (dtype, weight_dtype, residual_dtype), layout in itertools.product(
-        DIRECTIONS, ("plain", "residual", "gated"), (("bf16", "bf16", "bf16"), ("bf16", "fp32", "fp32")), ("contiguous", "slice")
-    )
+    Problem(32, 48, direction, variant, "bf16", weight_dtype, layout)
+    for direction in DIRECTIONS
+    for variant in ("plain", "residual", "residual_fp32", "gate")
+    for weight_dtype, layout in (("bf16", "contiguous"), ("fp32", "slice"))
 ]
 
 
@@ -41,51 +41,64 @@ def by_reference(problem):
     return norm
 
 
-@pytest.mark.parametrize("problem", SMALL, ids=str)
-def test_bytes_are_those_of_the_tensors(problem):
-    data = draw(problem, CPU)
-    results = {
-        direction: harness.make_call(problem._replace(direction=direction), by_reference(problem), data)() for direction in DIRECTIONS
-    }
-    forward = [*data.inputs, *results["forward"]]
-    given = [*data.cotangents, data.weight, results["forward"][-1] if data.residual is not None else data.x]
-    gradients = results["backward"]
-    if data.residual is not None and data.residual.dtype == data.x.dtype:
-        gradients = gradients[:-1]  # one serves for both
-    backward = [*given, *([data.gate] if data.gate is not None else []), *gradients]
-    total = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[problem.direction]
-    assert problem.bytes == sum(tensor.numel() * tensor.element_size() for tensor in total)
+@pytest.mark.parametrize("dtype", ["bf16", "fp64"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bytes_are_those_of_the_tensors(variant, dtype):
+    small = Problem(32, 48, variant=variant, dtype=dtype, weight_dtype=dtype)
+    data = draw(small, CPU)
+    outputs, gradients = (
+        check.make_call(small._replace(direction=direction), by_reference(small), data)() for direction in ("forward", "backward")
+    )
+    dx, dweight, *rest = gradients
+    read = [*data.cotangents, outputs[-1] if data.residual is not None else data.x, data.weight]
+    read += [data.gate] if data.gate is not None else []
+    written = [dx] * VARIANTS[variant].needs_dx + [dweight] * VARIANTS[variant].needs_dw
+    written += [tensor for tensor in rest if data.gate is not None or tensor.dtype != dx.dtype]  # dx serves the residual, too
+    moved = {"forward": [*data.inputs, *outputs], "backward": read + written}
+    moved["forward+backward"] = moved["forward"] + moved["backward"]
+    if small.spec.output_dtype(data.x, data.weight) == data.x.dtype:
+        for direction in DIRECTIONS:
+            assert small._replace(direction=direction).bytes == sum(tensor.nbytes for tensor in moved[direction]), direction
 
 
 def test_suites():
     quick, full = (problems.SUITES[name] for name in ("quick", "full"))
-    assert set(quick) < set(full) and len(set(full)) == len(full) and len({str(problem) for problem in full}) == len(full)
-    assert {problem.direction for problem in full} == set(DIRECTIONS)
-    assert {problem.n for problem in full if problem.variant == "plain"} >= set(problems.GRID)
-    for problem in full:
-        assert problem.layout == "contiguous" or problem.m % 32 == 0
-        assert problem.m * problem.n <= problems.ELEMENTS * 1.01
+    assert set(quick) < set(full) and len(set(full)) == len(full) and len({str(entry) for entry in full}) == len(full)
+    assert {entry.direction for entry in full} == set(DIRECTIONS)
+    assert {entry.n for entry in full if entry.variant == "plain"} >= set(problems.GRID)
+    for entry in full:
+        assert entry.layout == "contiguous" or entry.m % 32 == 0
+        assert entry.m * entry.n <= problems.ELEMENTS * 1.01
 
 
-def test_slices_are_parts_of_one_projection():
-    data = draw(Problem(32, 48, variant="gated", layout="slice"), CPU)
-    assert data.x.shape == (8, 4, 48) and data.x.stride() == data.gate.stride() == (3 * 4 * 48, 48, 1)
-    assert data.x.untyped_storage().data_ptr() == data.gate.untyped_storage().data_ptr()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    """Rows in every layout are found in place: each is 48 elements side by side."""
+    x = draw(Problem(32, 48, layout=layout), CPU).x
+    strides = {
+        "contiguous": (48, 1),
+        "slice": (3 * 4 * 48, 48, 1),
+        "transposed": (3 * 8 * 48, 48, 3 * 48, 1),
+        "padded": (51, 1),
+        "unaligned": (48, 1),
+    }
+    assert x.numel() == 32 * 48 and x.stride() == strides[layout]
+    assert x.storage_offset() == {"transposed": 48, "unaligned": 1}.get(layout, 0)
 
 
-# torch's own gate in half precision rounds the gradient before it reaches an fp32 weight: no problem of the suites.
+# torch's own gate in half precision rounds the gradient before it reaches an fp32 weight, which no suite has.
 CHECKED = [(problem, OURS) for problem in SMALL] + [
-    (problem, EAGER) for problem in SMALL if problem.variant != "gated" or problem.weight_dtype == "bf16"
+    (problem, EAGER) for problem in SMALL if problem.kind != "gate" or problem.weight_dtype == "bf16"
 ]
 
 
 @pytest.mark.parametrize(("problem", "name"), CHECKED, ids=str)
 def test_providers_pass_the_check(problem, name, device):
     data = draw(problem, device)
-    call = harness.make_call(problem, providers.PROVIDERS[name].norm(problem), data)
-    expected = harness.expect(problem, data)
-    assert harness.wrong(call(), expected) == ""
-    assert harness.wrong(call(), expected) == ""  # also when it is repeated
+    call = check.make_call(problem, providers.PROVIDERS[name].norm(problem), data)
+    expected = check.expect(problem, data)
+    assert check.wrong(call(), expected) == ""
+    assert check.wrong(call(), expected) == ""  # also when it is repeated
 
 
 DEFECTS = {
@@ -101,15 +114,15 @@ DEFECTS = {
 def test_check_finds_what_is_wrong(defect, direction):
     problem = Problem(32, 48, direction, "residual")
     data, norm = draw(problem, CPU), by_reference(problem)
-    call = harness.make_call(problem, lambda *tensors: DEFECTS[defect](*norm(*tensors)), data)
-    assert harness.wrong(call(), harness.expect(problem, data)) != ""
+    call = check.make_call(problem, lambda *tensors: DEFECTS[defect](*norm(*tensors)), data)
+    assert check.wrong(call(), check.expect(problem, data)) != ""
 
 
 def test_check_counts_results():
     problem = Problem(32, 48, variant="residual")
     data = draw(problem, CPU)
-    call = harness.make_call(problem, lambda *tensors: by_reference(problem)(*tensors)[0], data)
-    assert harness.wrong(call(), harness.expect(problem, data)) == "1 results instead of 2"
+    call = check.make_call(problem, lambda *tensors: by_reference(problem)(*tensors)[0], data)
+    assert check.wrong(call(), check.expect(problem, data)) == "1 results instead of 2"
 
 
 @pytest.mark.parametrize("wrong_input", ["x", "weight", "residual"])
@@ -124,37 +137,36 @@ def test_check_finds_wrong_gradients(wrong_input):
         tensors[index] = half.detach() + half  # the gradient of it is halved
         return norm(*tensors)
 
-    fault = harness.wrong(harness.make_call(problem, defective, data)(), harness.expect(problem, data))
+    fault = check.wrong(check.make_call(problem, defective, data)(), check.expect(problem, data))
     assert fault.startswith(f"d{wrong_input} is off")
 
 
 def test_check_finds_a_weight_gradient_accumulated_in_bf16():
     problem = Problem(4096, 8, "backward", weight_dtype="fp32")
     data = draw(problem, CPU)
-    expected = harness.expect(problem, data)
+    expected = check.expect(problem, data)
     x_hat = F.rms_norm(data.x.float(), (8,), None, problems.EPS)
     total = torch.zeros(8, dtype=torch.bfloat16)
     for row in (data.dy.float() * x_hat).bfloat16():
         total += row
-    results = harness.make_call(problem, by_reference(problem), data)()
-    assert harness.wrong(results, expected) == ""
-    assert harness.wrong([results[0], total.float()], expected).startswith("dweight is off")
+    results = check.make_call(problem, by_reference(problem), data)()
+    assert check.wrong(results, expected) == ""
+    assert check.wrong([results[0], total.float()], expected).startswith("dweight is off")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_which_way_torch_took(direction):
     problem = Problem(4, 8, direction)
-    assert providers.path(harness.make_call(problem, providers.eager(problem), draw(problem, CPU))) == "composite"  # on the CPU
+    assert providers.path(check.make_call(problem, providers.eager(problem), draw(problem, CPU))) == "composite"  # on the CPU
     fused = torch.nn.functional.layer_norm  # which is one operator there, too
-    call = harness.make_call(problem, lambda x, weight, residual, gate: fused(x, (8,), weight), draw(problem, CPU))
+    call = check.make_call(problem, lambda x, weight, residual, gate: fused(x, (8,), weight), draw(problem, CPU))
     assert providers.path(call) == "fused op"
 
 
 def test_a_provider_that_is_not_installed_is_absent(monkeypatch):
-    monkeypatch.setitem(providers.PROVIDERS, "nobody", Provider(providers.ours, "no-such-package", "no_such_module"))
+    monkeypatch.setitem(providers.PROVIDERS, "nobody", Provider(providers.ours, "no_such_module"))
     assert providers.absent()["nobody"] == "ModuleNotFoundError: No module named 'no_such_module'"
     assert OURS not in providers.absent()
-    assert {"torch", "triton", "triton_rmsnorm"} <= providers.versions().keys() and "no-such-package" not in providers.versions()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -162,7 +174,7 @@ def test_a_provider_that_is_not_installed_is_absent(monkeypatch):
 def test_without_a_gpu(main, capsys):
     with pytest.raises(SystemExit) as caught:
         main([])
-    assert caught.value.code == harness.NO_GPU not in (0, 1, 2)
+    assert caught.value.code == records.NO_GPU not in (0, 1, 2)
     assert "no GPU" in capsys.readouterr().out
 
 
@@ -210,9 +222,9 @@ def test_arriving_gradients_are_restored(monkeypatch):
         return [1.0] * 3
 
     monkeypatch.setattr(autotune, "time_cold", time_cold)
-    expected = harness.expect(problem, data)
-    harness.measure(problem, vandal(problem), data, expected, 1)
-    assert [harness.wrong(result, expected) for result in results] == [""] * 3
+    expected = check.expect(problem, data)
+    check.measure(problem, vandal(problem), data, expected, 1)
+    assert [check.wrong(result, expected) for result in results] == [""] * 3
 
 
 def unsupported(problem):
@@ -228,19 +240,18 @@ def wrong(problem):
     return lambda *tensors: norm(*tensors) * 1.1
 
 
-PLAIN = [problem for problem in SMALL if problem.variant == "plain" and problem.weight_dtype == "bf16"]
+PLAIN = [problem for problem in SMALL if problem.variant == "plain"]
 
 
 @pytest.fixture
 def bench_run(monkeypatch, tmp_path, clock, device):
     """run.main on the plain small problems, with one provider of each kind."""
-    monkeypatch.setattr(harness, "gpu", lambda: device)
-    monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "gpu", lambda: device)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setitem(problems.SUITES, "quick", PLAIN)
     table = {"vandal": vandal, OURS: providers.ours, "unsupported": unsupported, "failing": failing, "wrong": wrong}
-    table = {name: Provider(norm) for name, norm in table.items()} | {"nobody": Provider(failing, "nobody", "no_such_module")}
-    for patched in (providers, run, plot):
+    table = {name: Provider(norm) for name, norm in table.items()} | {"nobody": Provider(failing, "no_such_module")}
+    for patched in (providers, run, report):
         monkeypatch.setattr(patched, "PROVIDERS", table)
     return lambda *arguments: run.main(["--jobs", "0", *arguments])
 
@@ -297,8 +308,8 @@ def test_a_run_goes_on(bench_run, clock, tmp_path, capsys):
 
 def test_a_finished_run_is_not_gone_on_with(bench_run, monkeypatch, tmp_path, clock):
     stamps = iter(f"2026-01-0{day}T00:00:00+00:00" for day in range(1, 9))
-    metadata = harness.metadata()
-    monkeypatch.setattr(harness, "metadata", lambda: metadata | {"date": next(stamps)})
+    metadata = records.metadata()
+    monkeypatch.setattr(records, "metadata", lambda: metadata | {"date": next(stamps)})
     for times in (1, 2):
         assert bench_run() == 0
         assert len(clock) == times * 3 * len(PLAIN) and len(list(tmp_path.glob("run-*.json"))) == times
@@ -310,9 +321,13 @@ def test_out_of_time(bench_run, clock, capsys):
     assert f"out of time, {6 * len(PLAIN)} of {6 * len(PLAIN)} cells are left" in capsys.readouterr().out
 
 
-def test_compiles_ahead(bench_run, capsys, launches, clock, device):
+def test_compiling_ahead_calls_everything_once(bench_run, launches, clock, device):
     run._call_once(PLAIN[0], [CEILING, "failing", OURS], device)
     assert launches and not clock
+
+
+@pytest.mark.slow
+def test_compiles_ahead_in_processes(bench_run, capsys, device):
     assert bench_run("--jobs", "1") == 0  # in a process of its own, which knows only the real providers
     assert "not compiled ahead" not in capsys.readouterr().out
     run._compile_ahead({problem: [OURS] for problem in PLAIN}, device, 1, 0.0)
@@ -350,7 +365,7 @@ def test_report():
     rows += [row(Problem(1, 64), OURS, 40), row(Problem(1, 64), "Liger", 30), row(Problem(1, 64), EAGER, 90)]
     rows += [row(Problem(2, 64), OURS, 40.5), row(Problem(2, 64), "Liger", 40)]
     rows += [row(Problem(3, 64), OURS, 40), row(Problem(3, 64), "Liger", 1, status="unsupported", note="no")]
-    lines = plot.report([made_up(*rows)]).splitlines()
+    lines = report.markdown([made_up(*rows)]).splitlines()
     assert "| 131072 x 1024 forward bf16 | 100.0 | 5369 | 90.0% | Liger | 200.0 | 2.00x |" in lines
     assert "| 3 x 64 forward bf16 | 40.0 | 0 |  |  |  |  |" in lines
     mean = (2 * 2 * 0.75 * 40 / 40.5) ** 0.25
@@ -364,7 +379,7 @@ def test_report():
 
 
 def test_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     assert plot.main([]) == 1 and "no results" in capsys.readouterr().out
     rows = [row(problem, name, us) for problem in LARGE for name, us in ((CEILING, 90), (OURS, 100), ("Liger", 200))]
     for stamp in ("20260101", "20260102"):
@@ -376,7 +391,7 @@ def test_plot(tmp_path, monkeypatch, capsys):
 
 
 def test_plot_of_the_audit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     figures = {
         f"{target} {direction} {variant} bf16 bf16 {n}": {"registers": [90, 40], "spilled": [8 * (n > 4096), 0], "bytes": 3 * n * 8192 * 2}
         for target, variant in (("sm_90", "plain"), ("sm_90", "gate"), ("gfx942", "plain"))
@@ -400,22 +415,14 @@ def test_plot_of_the_audit(tmp_path, monkeypatch, capsys):
     assert len(plot_audit.heat_maps(frozen).axes) == 8  # four maps and their colour bars
 
 
-def test_a_plot_leaves_the_backend_alone(tmp_path):
-    code = """
-import sys
-import matplotlib
-from bench import plot
-matplotlib.use("svg")
-plot.draw([{"metadata": {"gpu": "none", "torch": "2", "triton": "3", "date": "2026-01-01"}, "rows": []}]).savefig(sys.argv[1])
-print(matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
-"""
-    command = [sys.executable, "-c", code, tmp_path / "nothing.png"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "svg False\n"
+def test_pictures_leave_the_backend_alone(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails, whose import would choose a backend
+    report.picture([made_up(row(LARGE[0], OURS, 100))]).savefig(tmp_path / "plot.png")
 
 
 def test_plot_of_what_is_there(tmp_path):
     for rows in ([row(LARGE[0], OURS, 100)], []):
-        plot.draw([made_up(*rows)]).savefig(tmp_path / "plot.png")
+        report.picture([made_up(*rows)]).savefig(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=str)
@@ -425,19 +432,19 @@ def test_keys_are_those_of_the_launches(problem, monkeypatch, run_as):
     launch.forget()
     chosen = []
     monkeypatch.setattr(measured, "choose", lambda key, device: chosen.append(key) or measured.analytic(key, device))
-    harness.make_call(problem._replace(direction="forward+backward"), providers.ours(problem), draw(problem, CPU))()
+    check.make_call(problem._replace(direction="forward+backward"), providers.ours(problem), draw(problem, CPU))()
     launch.forget()
     assert [key for key in chosen if key.direction in problem.direction] == tune.keys(problem)
 
 
 def test_tune(monkeypatch, tmp_path, run_as, clock, capsys):
     run_as(tuning.SM_90)
-    monkeypatch.setattr(harness, "gpu", lambda: CPU)
+    monkeypatch.setattr(records, "gpu", lambda: CPU)
     monkeypatch.setattr(measured, "SHIPPED", tmp_path)
     monkeypatch.setattr(autotune, "ELEMENTS", 1 << 10)
     monkeypatch.setattr(autotune, "ROUNDS", 1)
     monkeypatch.setattr(autotune, "neighbours", lambda config, *_: [replace(config, num_warps=2)])
-    suite = [problem for problem in SMALL if problem.variant != "gated"]
+    suite = [problem for problem in SMALL if problem.kind != "gate"]
     monkeypatch.setitem(problems.SUITES, "quick", suite)
     wanted = {key for problem in suite for key in tune.keys(problem)}
 
@@ -446,12 +453,12 @@ def test_tune(monkeypatch, tmp_path, run_as, clock, capsys):
     assert tune.main(["--suite", "quick"]) == 0
     (path,) = tmp_path.iterdir()
     table = measured.read(path, tuning.SM_90)
-    assert path.name == "sm-90-16-ctas.json" and table.keys() == wanted and len(wanted) == 8
+    assert path.name == "sm-90-16-ctas.json" and table.keys() == wanted and len(wanted) == 12
     assert json.loads(path.read_text()).keys() >= {"gpu", "driver", "torch", "triton", "triton_rmsnorm", "date", "commit"}
-    assert "8 configurations, 8 of them new" in capsys.readouterr().out
+    assert "12 configurations, 12 of them new" in capsys.readouterr().out
 
     clock.clear()
     assert tune.main(["--suite", "quick"]) == 0
-    assert not clock and "8 configurations, 0 of them new" in capsys.readouterr().out
+    assert not clock and "12 configurations, 0 of them new" in capsys.readouterr().out
     assert tune.main(["--suite", "quick", "--fresh"]) == 0
     assert clock

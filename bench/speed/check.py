@@ -3,54 +3,19 @@
 The error budget is 2 x the largest error of the same formulas in plain torch, plus one ulp.
 """
 
-import os
-import platform
-import subprocess
 from collections.abc import Callable
-from datetime import datetime, timezone
 from statistics import quantiles
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.problems import Data, Problem
-from bench.providers import Norm, versions
+from bench.problem import Data, Problem
+from bench.providers import Norm
 from triton_rmsnorm import reference
 from triton_rmsnorm.runtime import autotune
 
-NO_GPU = 69  # exit status; EX_UNAVAILABLE of sysexits.h
-
 Call = Callable[[], list[Tensor]]
-
-
-def gpu() -> torch.device:
-    """The GPU, or the end of the program."""
-    if not torch.cuda.is_available():
-        print("There is no GPU here, and nothing to be measured without one.")
-        raise SystemExit(NO_GPU)
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def metadata() -> dict:
-    """What a measurement depends on besides the code that is measured."""
-
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    with_gpu = torch.cuda.is_available()
-    return {
-        "gpu": torch.cuda.get_device_name() if with_gpu else "none",
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "python": platform.python_version(),
-        **versions(),
-        "commit": output("git", "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT", "unknown"),
-        "changed": bool(output("git", "status", "--porcelain", "--untracked-files=no", "--", "triton_rmsnorm", "bench")),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def make_call(problem: Problem, norm: Norm, data: Data) -> Call:
