@@ -31,33 +31,33 @@ def rms_norm(
     x_hat_dtype: torch.dtype | None = None,
     rstd_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Divides by the root mean square over the last dimensions: torch.nn.functional.rms_norm, fused, forward and backward.
+    r"""Divides by the root mean square over the last dimensions, like torch.nn.functional.rms_norm, fused in forward and backward.
 
     .. math:: y = \gamma \cdot x \cdot (\operatorname{mean}(x^2) + \epsilon)^{-1/2}
 
     All arithmetic is in fp32 (fp64 for fp64 input), with one rounding at the end.
 
     Args:
-        input: x of shape (*, *normalized_shape); fp16, bf16, fp32 or fp64 in any layout. Rows are read in place if their elements are
-            contiguous. Complex input is computed by torch.
+        input: x of shape (*, *normalized_shape); fp16, bf16, fp32 or fp64, in any layout. Rows with contiguous elements are read in place.
+            Complex input is computed by torch.
         normalized_shape: the last dimensions, over which the mean is taken.
-        weight: gamma of shape normalized_shape, in any of the dtypes above, or None for 1.
-        eps: added to the mean square, in the unit of x^2; None is the machine epsilon of the arithmetic (of fp64 for fp64 input, else of
-            fp32).
-        group_size: take the mean over groups of so many columns instead of all; the weight keeps its full shape. None: one group.
-        weight_offset: added to the weight in fp32, in its unit, as in y = (1 + gamma) x_hat. It needs a weight.
-        x_hat_dtype: round the normalized x to this dtype before the weight multiplies it; y then has the dtype of that product.
-            None: no rounding, and y has the dtype of x.
-        rstd_dtype: round (mean(x^2) + eps)^(-1/2) to this dtype before it multiplies x. None: no rounding.
+        weight: gamma of shape normalized_shape, in any of the dtypes above; None means 1.
+        eps: added to the mean square; None means the machine epsilon of the arithmetic (that of fp64 for fp64 input, otherwise of fp32).
+        group_size: normalizes each group of this many columns separately; the weight keeps its full shape. None means one group.
+        weight_offset: added to the weight in fp32: 1.0 gives y = (1 + gamma) x_hat. Requires a weight.
+        x_hat_dtype: rounds the normalized x to this dtype before the multiplication by the weight; y then has the dtype of that product.
+            None means no rounding, and y has the dtype of x.
+        rstd_dtype: rounds (mean(x^2) + eps)^(-1/2) to this dtype before it is multiplied by x. None means no rounding.
 
     Returns:
         y of the shape of input, contiguous (channels_last for channels_last input).
 
     Raises:
-        TypeError: an argument is not of its type.
-        ValueError: input has fewer dimensions than normalized_shape, or group_size does not divide the normalized size.
+        TypeError: an argument has the wrong type.
+        ValueError: input has fewer dimensions than normalized_shape, group_size does not divide the normalized size, or weight_offset is
+            given without a weight.
         RuntimeError: normalized_shape is empty or does not match input or weight, or weight is on another device.
-        NotImplementedError: input or weight has none of the dtypes above.
+        NotImplementedError: input or weight has a dtype that is not listed above.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467); torch.nn.functional.rms_norm.
     """
@@ -96,21 +96,30 @@ def add_rms_norm(
     x_hat_dtype: torch.dtype | None = None,
     rstd_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Adds to the residual stream and normalizes the sum, in one pass over memory each way.
+    r"""Adds the input to the residual stream and normalizes the sum, in one pass over memory in each direction.
 
     .. math:: r' = x + r, \qquad y = \gamma \cdot r' \cdot (\operatorname{mean}(r'^2) + \epsilon)^{-1/2}
 
     Args:
         input: x of shape (*, *normalized_shape); fp16, bf16, fp32 or fp64.
-        residual: r of the same shape, in any of these dtypes: an fp32 stream beside bf16 activations, for example.
-        normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype: as in rms_norm.
+        residual: r of the same shape, in any of these dtypes; for example an fp32 stream with bf16 activations.
+        normalized_shape: as in rms_norm.
+        weight: as in rms_norm.
+        eps: as in rms_norm.
+        group_size: as in rms_norm.
+        weight_offset: as in rms_norm.
+        x_hat_dtype: as in rms_norm.
+        rstd_dtype: as in rms_norm.
 
     Returns:
-        (y, r'): y in the dtype of input (with x_hat_dtype: of the product), r' rounded to the dtype of residual before it is normalized.
+        (y, r'): y in the dtype of input (with x_hat_dtype, in that of the product); r' in the dtype of residual, to which it is rounded
+        before it is normalized.
 
     Raises:
-        RuntimeError: input and residual differ in shape or device.
-        As rms_norm, otherwise.
+        TypeError: as in rms_norm, also for residual.
+        ValueError: as in rms_norm.
+        RuntimeError: as in rms_norm, or input and residual differ in shape or device.
+        NotImplementedError: as in rms_norm, also for residual and for complex input.
 
     Source: the pre-norm residual block, as in Llama (arXiv:2302.13971).
     """
@@ -147,26 +156,33 @@ def rms_norm_gated(
     x_hat_dtype: torch.dtype | None = None,
     rstd_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""RMSNorm with a gate, after or before it, fused forward and backward.
+    r"""RMSNorm with a gate before or after it, fused in forward and backward.
 
     .. math:: y = \operatorname{norm}(x) \cdot g \quad\text{or}\quad y = \operatorname{norm}(x \cdot g), \qquad g = \sigma(z)
 
     Args:
         input: x of shape (*, *normalized_shape); fp16, bf16, fp32 or fp64.
-        gate: z of the same shape, in any of these dtypes; like input, read in place where rows are contiguous, so both may be slices of
-            one projection.
+        gate: z of the same shape, in any of these dtypes. Like input, it is read in place where rows are contiguous, so both may be slices
+            of one projection.
+        normalized_shape: as in rms_norm.
+        weight: as in rms_norm.
+        eps: as in rms_norm.
         activation: "silu", "sigmoid", "gelu", "gelu_tanh" or "relu"; computed in fp32 (fp64 for fp64 input).
         norm_before_gate: True for norm(x) · g (Qwen3-Next), False for norm(x · g) (Mamba2).
-        normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype: as in rms_norm. With x_hat_dtype the product of
-            weight and normalized x is rounded to its own dtype before a gate multiplies it.
+        group_size: as in rms_norm.
+        weight_offset: as in rms_norm.
+        x_hat_dtype: as in rms_norm. If the gate is after the norm, the product of weight and normalized x is rounded to its dtype before it
+            is multiplied by the gate.
+        rstd_dtype: as in rms_norm.
 
     Returns:
-        y in the dtype of input (with x_hat_dtype and the gate before the norm: of the product).
+        y in the dtype of input (with x_hat_dtype and the gate before the norm, in that of the product).
 
     Raises:
-        ValueError: activation is not known.
-        RuntimeError: input and gate differ in shape or device.
-        As rms_norm, otherwise.
+        TypeError: as in rms_norm, also for gate.
+        ValueError: as in rms_norm, or activation is not one of those above.
+        RuntimeError: as in rms_norm, or input and gate differ in shape or device.
+        NotImplementedError: as in rms_norm, also for gate and for complex input.
 
     Source: Dao and Gu, Transformers are SSMs (Mamba-2), 2024 (arXiv:2405.21060).
     """

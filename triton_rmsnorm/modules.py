@@ -1,4 +1,4 @@
-"""Modules over the functions: torch.nn.RMSNorm's twin, and its fused neighbours."""
+"""Modules that call the functions: a drop-in for torch.nn.RMSNorm, and norms fused with a residual add or a gate."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from triton_rmsnorm import functional
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """A torch.nn.RMSNorm over our kernels: the same constructor, attributes, repr and state_dict.
+    """A torch.nn.RMSNorm that runs the fused kernels, with the same constructor, attributes, repr and state_dict.
 
     y = weight · x · (mean(x²) + eps)^(-1/2), with the mean over the last dimensions, normalized_shape.
 
     Args:
         normalized_shape: int or sequence of ints, the last dimensions of the input.
-        eps: added to the mean square, in the unit of x²; None is the machine epsilon of the arithmetic.
-        elementwise_affine: whether there is a weight of shape normalized_shape, ones at first.
-        device, dtype: of the weight.
+        eps: added to the mean square; None means the machine epsilon of the arithmetic.
+        elementwise_affine: whether there is a weight of shape normalized_shape, initially 1.
+        device: the device of the weight.
+        dtype: the dtype of the weight.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467); torch.nn.RMSNorm.
     """
@@ -26,13 +27,16 @@ class RMSNorm(torch.nn.RMSNorm):
         """Normalizes x.
 
         Args:
-            x: shape (*, *normalized_shape); dtypes and layouts as input of rms_norm.
+            x: shape (*, *normalized_shape); the dtypes and layouts of input in rms_norm.
 
         Returns:
             y of the shape and dtype of x.
 
         Raises:
-            As rms_norm.
+            TypeError: as in rms_norm.
+            ValueError: as in rms_norm.
+            RuntimeError: as in rms_norm.
+            NotImplementedError: as in rms_norm.
         """
         if torch.jit.is_scripting():
             return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -40,7 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class _KnobbedRMSNorm(torch.nn.RMSNorm):
-    """A norm with the knobs of rms_norm, of which those that are set show in its repr."""
+    """Base of the fused modules: stores the keyword options of the functions and shows them in its repr."""
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class _KnobbedRMSNorm(torch.nn.RMSNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
     def reset_parameters(self) -> None:
-        """A factor of 1: weights of 1 - weight_offset."""
+        """Sets the weight to 1 - weight_offset, so that the norm multiplies by 1."""
         if self.weight is not None:
             torch.nn.init.constant_(self.weight, 1.0 - self.knobs.get("weight_offset", 0.0))
 
@@ -64,7 +68,7 @@ class _KnobbedRMSNorm(torch.nn.RMSNorm):
 
 
 class AddRMSNorm(_KnobbedRMSNorm):
-    """Adds to the residual stream and normalizes the sum, as add_rms_norm.
+    """Adds the input to the residual stream and normalizes the sum, like add_rms_norm.
 
     r' = x + r, y = weight · r' · (mean(r'²) + eps)^(-1/2)
 
@@ -79,20 +83,23 @@ class AddRMSNorm(_KnobbedRMSNorm):
         """Adds x to the residual and normalizes the sum.
 
         Args:
-            x: shape (*, *normalized_shape); dtypes as input of add_rms_norm.
-            residual: r of the shape of x; dtypes as in add_rms_norm.
+            x: shape (*, *normalized_shape); the dtypes of input in add_rms_norm.
+            residual: r of the shape of x; the dtypes of residual in add_rms_norm.
 
         Returns:
             (y, r'), both of the shape of x: y in the dtype of x, r' in that of residual.
 
         Raises:
-            As add_rms_norm.
+            TypeError: as in add_rms_norm.
+            ValueError: as in add_rms_norm.
+            RuntimeError: as in add_rms_norm.
+            NotImplementedError: as in add_rms_norm.
         """
         return functional.add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps, **self.knobs)
 
 
 class RMSNormGated(_KnobbedRMSNorm):
-    """RMSNorm with a gate, after or before it, as rms_norm_gated.
+    """RMSNorm with a gate before or after it, like rms_norm_gated.
 
     y = norm(x) · activation(gate) or y = norm(x · activation(gate))
 
@@ -104,16 +111,19 @@ class RMSNormGated(_KnobbedRMSNorm):
     """
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        """Normalizes x and multiplies by the gate, in either order.
+        """Normalizes x and multiplies it by the activated gate, in either order.
 
         Args:
-            x: shape (*, *normalized_shape); dtypes as input of rms_norm_gated.
-            gate: the shape of x; dtypes as in rms_norm_gated.
+            x: shape (*, *normalized_shape); the dtypes of input in rms_norm_gated.
+            gate: z of the shape of x; the dtypes of gate in rms_norm_gated.
 
         Returns:
             y of the shape and dtype of x.
 
         Raises:
-            As rms_norm_gated.
+            TypeError: as in rms_norm_gated.
+            ValueError: as in rms_norm_gated.
+            RuntimeError: as in rms_norm_gated.
+            NotImplementedError: as in rms_norm_gated.
         """
         return functional.rms_norm_gated(x, gate, self.normalized_shape, self.weight, self.eps, **self.knobs)

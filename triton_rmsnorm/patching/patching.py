@@ -124,8 +124,10 @@ def unpatch(target: Target) -> None:
         None.
 
     Raises:
-        TypeError, ValueError, ImportError: as `patch`.
-        RuntimeError: a replaced norm or layer has been given yet another class since, as fully_shard does; that has to be undone first.
+        TypeError: as in patch.
+        ValueError: as in patch.
+        ImportError: as in patch.
+        RuntimeError: the class of a replaced norm or layer was changed again later, for example by fully_shard; undo that first.
     """
     classes = _classes(target)
     for cls in classes:
@@ -136,16 +138,21 @@ def unpatch(target: Target) -> None:
 
 @contextmanager
 def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Iterator[Report]:
-    """`patch` for the length of a with statement. What it replaced is restored at the end, also after an exception; nothing else is.
+    """Patches the target inside a with statement. At the end, also after an exception, exactly what it replaced is restored.
 
     Args:
-        target, strict, fuse_residual: as in patch.
+        target: as in patch.
+        strict: as in patch.
+        fuse_residual: as in patch.
 
     Returns:
         A context manager, whose value is the report.
 
     Raises:
-        As patch; and at the end as unpatch.
+        TypeError: as in patch.
+        ValueError: as in patch.
+        ImportError: as in patch.
+        RuntimeError: as in patch, and at the end as in unpatch.
     """
     report, modules, constructors = _patch(target, strict, fuse_residual)
     try:
