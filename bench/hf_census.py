@@ -42,8 +42,8 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
+from bench.census.tiny_models import model_types, tiny_batch, tiny_config, tiny_model, unknown
 from bench.census_page import differences, page
-from bench.tiny_models import model_types, tiny_batch, tiny_config, tiny_model, unknown
 from bench.workers import in_processes
 from triton_rmsnorm import patch, unpatch
 from triton_rmsnorm.patching.recognition import agree, may_be_norm, recognize

@@ -8,10 +8,11 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import compare_training, plot_audit, records
+from bench import plot_audit, records
 from bench.speed import host, report
+from bench.train import report as training
 
-PICTURES = {"audit": plot_audit.picture, "host": host.picture, "train": compare_training.draw}  # by the first word of a file's name
+PICTURES = {"audit": plot_audit.picture, "host": host.picture, "train": training.picture}  # by the first word of a file's name
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import triton_rmsnorm.patching.patching.trial
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bench.tiny_models import tiny_batch, tiny_model
+from bench.census.tiny_models import tiny_batch, tiny_model
 from triton_rmsnorm import patch, patched, unpatch
 from triton_rmsnorm.patching.fusion import Fusion, fused
 from triton_rmsnorm.patching.replacement import add_and_normalize

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("transformers")
 
 from bench import hf_census
+from bench.census.tiny_models import tiny_batch, tiny_model
 from bench.census_page import differences, page
 from bench.hf_census import DEVICE, census, classes_of, compare
-from bench.tiny_models import tiny_batch, tiny_model
 from triton_rmsnorm.patching import replacement
 
 

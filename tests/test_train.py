@@ -1,19 +1,31 @@
-"""The training comparison: the same start and data for every run, our kernels in the one called ours, and what it calls different."""
+"""The training comparison: the same start and data for every run, our kernels in ours alone, and what it calls different.
 
+Whatever happens to one provider, the others are measured and the file says what happened.
+"""
+
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import train
+from bench import plot, records
+from bench.train import __main__ as command
+from bench.train.job import PRESETS, batches, count_parameters, new_model, read_text
+from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, control, huggingface, liger, ours, ours_fused
+from bench.train.report import picture
+from bench.train.run import Run, agrees, attempt, compare, largest_difference, tolerance, train, what_fits
 
-SHORT = ["--steps", "3", "--batch", "4", "--seq-len", "32"]
 NORMS = 5  # of the tiny model
+GIB = 2**30
+SMALL = replace(PRESETS["tiny"], steps=3, batch=4, seq_len=32)
+SHORT = ["--steps", "3", "--batch", "4", "--seq-len", "32"]
 
 
 def defective(change):
@@ -34,18 +46,47 @@ def scale_gradient(y):
     return y
 
 
+def out_of_memory(model):
+    raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB. More words.")
+
+
+def broken(model):
+    raise RuntimeError("broke\nin two lines")
+
+
+def absent(model):
+    import no_such_module
+
+    return no_such_module.equip(model)
+
+
+@pytest.fixture
+def providers(monkeypatch):
+    """Sets the providers besides the baseline and the control."""
+
+    def set_providers(table):
+        for name in list(PROVIDERS):
+            monkeypatch.delitem(PROVIDERS, name)
+        for name, provider in {BASELINE: huggingface, CONTROL: control, **table}.items():
+            monkeypatch.setitem(PROVIDERS, name, provider)
+
+    return set_providers
+
+
+@pytest.mark.slow
 def test_same_losses(tmp_path, capsys, launches):
-    assert train.main([*SHORT, "--out", str(tmp_path)]) == 0
+    assert command.main([*SHORT, "--out", str(tmp_path)]) == 0
 
     counts = Counter(launched.kernel for launched in launches)
     assert counts == dict.fromkeys(("_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_sum_partials_kernel"), 3 * NORMS)
 
     result = json.loads((tmp_path / "figures.json").read_text())
-    assert list(result["runs"]) == ["huggingface", "control", "ours"]
+    assert tuple(result["runs"]) == QUICK == (BASELINE, CONTROL, "ours")
     for run in result["runs"].values():
         assert len(run["losses"]) == 3
         assert run["losses"][2] < run["losses"][0]
-        assert run["tokens_per_second"] == pytest.approx(4 * 32 / run["step_seconds"])
+        low, median, high = (run["step_seconds"][key] for key in ("low", "median", "high"))
+        assert 0 < low <= median <= high and run["tokens_per_second"] == pytest.approx(4 * 32 / median)
         assert (run["peak_bytes"] is None) == (not torch.cuda.is_available())
     assert result["runs"]["ours"]["largest_difference"] <= result["tolerance"] < 1e-4
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -53,20 +94,116 @@ def test_same_losses(tmp_path, capsys, launches):
     printed = capsys.readouterr().out
     for step, loss in enumerate(result["runs"]["ours"]["losses"]):
         assert f"{step:>6}" in printed and f"{loss:.5f}" in printed
-    assert "ours and huggingface" in printed and "the same." in printed
+    assert f"ours and {BASELINE}" in printed and "the same." in printed
     assert ("interpreter" in printed) == (not torch.cuda.is_available())
 
 
+@pytest.mark.slow
+def test_all_that_can_happen(providers, tmp_path, capsys):
+    providers({"ours": ours, "ours, residual fused": ours_fused, "greedy": out_of_memory, "broken": broken, "absent": absent})
+    assert command.main(["--compare", *SHORT, "--out", str(tmp_path)]) == 0
+
+    (path,) = tmp_path.glob("train-*.json")
+    result = json.loads(path.read_text())
+    assert result["metadata"].keys() >= {"gpu", "driver", "torch", "triton", "transformers", "commit", "date", "device"}
+    runs = result["runs"]
+    assert {name: run["status"] for name, run in runs.items()} == {
+        **dict.fromkeys((BASELINE, CONTROL, "ours", "ours, residual fused"), "measured"),
+        "greedy": "out of memory",
+        "broken": "failed",
+        "absent": "absent",
+    }
+    assert runs["greedy"]["note"] == "Tried to allocate 1.00 GiB" and runs["broken"]["note"] == "RuntimeError: broke"
+    assert "no_such_module" in runs["absent"]["note"] and "--batch 2" in result["advice"]
+    assert all(runs[name]["largest_difference"] <= result["tolerance"] < 1e-4 for name in ("ours", "ours, residual fused"))
+
+    printed = capsys.readouterr()
+    assert "absent: No module named" in printed.out and "out of memory" in printed.out and "--batch 2" in printed.out
+    assert "ours: 100%" in printed.err
+
+    path.with_suffix(".png").unlink()
+    assert plot.main([str(path)]) == 0 and path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for run in runs.values():
+        run["peak_bytes"] = 3 * GIB
+    on_a_gpu = picture(result | {"interpreted": False})
+    assert len(picture(result).axes) == 2 and [axes.get_xlabel() for axes in on_a_gpu.axes][1:3] == [
+        "time of a step (ms): median and quartiles",
+        "training step",
+    ]
+    assert {text.get_text() for text in on_a_gpu.axes[3].texts} == {"3.00"}
+
+
+def test_liger_is_listed(providers):
+    """Whether it is here or not, the class of norms stays the one that it was."""
+    from transformers.models.llama import modeling_llama
+
+    before = modeling_llama.LlamaRMSNorm
+    providers({"Liger": liger})
+    assert attempt("Liger", SMALL, read_text(None), {}).status in ("measured", "absent", "failed")
+    assert modeling_llama.LlamaRMSNorm is before
+
+
+@pytest.fixture(scope="module")
+def before():
+    """Runs of the baseline and of the control."""
+    return compare(SMALL, read_text(None), (BASELINE, CONTROL))
+
+
+@pytest.mark.parametrize(
+    ("provider", "printed"),
+    [
+        (defective(scale_gradient), "TOO MUCH"),
+        (defective(lambda y: y * 1.0001), "TOO MUCH"),
+        (defective(lambda y: y * float("nan")), "nan, TOO MUCH"),
+        (out_of_memory, "ours: out of memory: Tried to allocate 1.00 GiB\n"),
+        (broken, "ours: failed: RuntimeError: broke\n"),
+        (absent, "ours: absent: No module named"),
+    ],
+    ids=["dx", "y", "nan", "out of memory", "broken", "absent"],
+)
+def test_ours_has_to_train_the_same(provider, printed, before, capsys, monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "ours", provider)
+    runs = before | {"ours": attempt("ours", SMALL, read_text(None), before)}
+    assert not command.judge(runs)
+    assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("provider", [defective(lambda y: y * float("nan")), out_of_memory], ids=["nan", "out of memory"])
+def test_a_baseline_that_fails_shows_nothing(provider, tmp_path, monkeypatch):
+    for name in QUICK:
+        monkeypatch.setitem(PROVIDERS, name, provider)
+    assert command.main([*SHORT, "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "losses.png").exists() and (tmp_path / "figures.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "losses", "good"),
+    [("measured", [1.5], True), ("absent", [], True), ("failed", [], False), ("measured", [float("nan")], False)],
+)
+def test_ours_compiled_may_not_fail(status, losses, good):
+    """A compiled model rounds elsewhere, so its losses are shown, not judged."""
+    runs = {name: Run(losses=[1.0]) for name in QUICK}
+    assert command.judge(runs | {"torch.compile, ours": Run(status, losses=losses)}) == good
+
+
+def test_nothing_to_replace():
+    for provider in (ours, ours_fused):
+        with pytest.raises(RuntimeError, match="nothing to replace"):
+            provider(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["t5", "falcon_h1"])
 def test_any_model_type(model, tmp_path, launches):
     """One with an encoder, a decoder and dropout, and one with gated norms."""
-    assert train.main(["--model", model, "--steps", "2", "--batch", "2", "--seq-len", "32", "--out", str(tmp_path)]) == 0
+    assert command.main(["--model", model, "--steps", "2", "--batch", "2", "--seq-len", "32", "--out", str(tmp_path)]) == 0
     assert {launched.kernel for launched in launches} >= {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"}
     result = json.loads((tmp_path / "figures.json").read_text())
     assert result["model"]["type"] == model
     assert result["runs"]["ours"]["largest_difference"] <= result["tolerance"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -77,75 +214,108 @@ def test_any_model_type(model, tmp_path, launches):
 )
 def test_model_types_that_cannot_be_trained(model, words, capsys):
     with pytest.raises(SystemExit) as exit:
-        train.main(["--model", model])
+        command.main(["--model", model])
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert f"--model must be {words}" in error and model in error
 
 
-@pytest.mark.parametrize("change", [scale_gradient, lambda y: y * 1.0001, lambda y: y * float("nan")], ids=["dx", "y", "nan"])
-def test_different_losses(change, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(train.PROVIDERS, "ours", defective(change))
-    assert train.main([*SHORT, "--out", str(tmp_path)]) == 1
-    assert "TOO MUCH" in capsys.readouterr().out
-
-
-def test_nothing_but_nan(tmp_path, capsys, monkeypatch):
-    for name in train.PROVIDERS:
-        monkeypatch.setitem(train.PROVIDERS, name, defective(lambda y: y * float("nan")))
-    assert train.main([*SHORT, "--out", str(tmp_path)]) == 1
-    assert "nan, TOO MUCH" in capsys.readouterr().out
-
-
-def test_nothing_to_replace():
-    with pytest.raises(RuntimeError, match="no norm to replace"):
-        train.ours(torch.nn.Linear(2, 2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_start(dtype):
-    job = replace(train.PRESETS["tiny"], dtype=dtype, steps=2)
-    first, second = train.new_model(job).state_dict(), train.new_model(job).state_dict()
+    """Models, batches and what the control moves."""
+    job = replace(PRESETS["tiny"], dtype=dtype, steps=2)
+    first, second = new_model(job).state_dict(), new_model(job).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {tensor.dtype for tensor in first.values()} == {dtype}
 
-    text = train.read_text(None)
-    for one, other in zip(train.batches(job, text), train.batches(job, text), strict=True):
+    text = read_text(None)
+    for one, other in zip(batches(job, text), batches(job, text), strict=True):
         assert torch.equal(one, other) and one.shape == (job.batch, job.seq_len)
+    assert not torch.equal(next(batches(job, text, group=1)), next(batches(job, text)))
 
-    moved = train.control(train.new_model(job)).state_dict()
+    moved = control(new_model(job)).state_dict()
     for name, tensor in first.items():
         up, down = (torch.nextafter(tensor, torch.full_like(tensor, towards)) for towards in (9.0, -9.0))
         assert torch.equal(moved[name], tensor) if tensor.dim() > 1 else ((moved[name] == up) | (moved[name] == down)).all(), name
 
 
 def test_control_of_weights_that_are_used_in_bf16():
-    norm = train.control(torch.nn.RMSNorm(64), torch.bfloat16)
+    norm = control(torch.nn.RMSNorm(64), torch.bfloat16)
     assert norm.weight.dtype == torch.float32 and set(norm.weight.tolist()) == {1 - 2**-8, 1 + 2**-7}
+
+
+def test_every_provider_starts_from_the_same_model(providers):
+    seen = []
+
+    def see(model):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return model
+
+    providers({"one": see, "other": see})
+    compare(SMALL, read_text(None), tuple(PROVIDERS))
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+
+
+def test_checkpointing_changes_no_loss():
+    text = read_text(None)
+
+    def train_once(job):
+        model, calls = new_model(job), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        return [loss for loss, _ in train(model, batches(job, text), job.learning_rate)], len(calls)
+
+    (plain, once), (checkpointed, twice) = train_once(SMALL), train_once(replace(SMALL, checkpointing=True))
+    assert plain == checkpointed and (once, twice) == (3, 6)
 
 
 def test_text(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"abc" * 100)
-    job = replace(train.PRESETS["tiny"], seq_len=300, steps=1)
-    assert bytes(next(train.batches(job, train.read_text(path)))[0].tolist()) == b"abc" * 100
-    assert bytes(train.read_text(None).tolist()).decode().count(" the ") > 1000
+    job = replace(PRESETS["tiny"], seq_len=300, steps=1)
+    assert bytes(next(batches(job, read_text(path)))[0].tolist()) == b"abc" * 100
+    assert bytes(read_text(None).tolist()).decode().count(" the ") > 1000
 
 
-def test_out_of_memory(tmp_path, capsys, monkeypatch):
-    def checked_batches(job, text):
-        if job.tokens > limit:
-            raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB. More words.")
-        return batches(job, text)
+def test_differences():
+    runs = {BASELINE: Run(losses=[1.0, 2.0]), CONTROL: Run(losses=[1.0, 2.125])}
+    assert tolerance(runs) == 4 * 0.125
+    near, far, nan = (Run(losses=[1.0, loss]) for loss in (2.5, 2.501, float("nan")))
+    assert largest_difference(near, runs[BASELINE]) == 0.5
+    assert [agrees(run, runs) for run in (near, far, nan, Run("absent"))] == [True, False, False, False]
+    assert largest_difference(Run("absent"), runs[BASELINE]) is None
+    assert tolerance(runs | {CONTROL: runs[BASELINE]}) == 4 * 2.0 * torch.finfo(torch.float32).eps
+    assert tolerance(runs | {BASELINE: Run("out of memory")}) is None and not agrees(near, runs | {CONTROL: Run("failed")})
 
-    batches, limit = train.batches, 70
-    monkeypatch.setattr(train, "batches", checked_batches)
-    assert train.main([*SHORT, "--out", str(tmp_path)]) == 1
-    printed = capsys.readouterr().out
-    assert "Tried to allocate 1.00 GiB." in printed and "This fits: --batch 2 --seq-len 32" in printed
-    limit = 0
-    assert train.main([*SHORT, "--out", str(tmp_path)]) == 1
-    assert "Not even one" in capsys.readouterr().out
+
+def test_what_fits(monkeypatch):
+    job = replace(PRESETS["1b"], device=torch.device("cuda"))
+    parameters = count_parameters(job)
+    assert 0.9e9 < parameters < 1.1e9
+    fixed = 4 * 2 * parameters / GIB  # parameters, gradients and two moments, two bytes each
+
+    def advice(capacity, peak, job=job, **others):
+        """All in GiB."""
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=capacity * GIB))
+        return what_fits(job, {BASELINE: Run("out of memory", peak_bytes=int(peak * GIB)), **others})
+
+    half = advice(80, 79, ours=Run(peak_bytes=75 * GIB))
+    assert half.startswith(f"--batch 2 --seq-len 4096 should fit: about {fixed + (79 - fixed) / 2:.1f} of 80.0 GiB, of which {fixed:.1f}")
+    assert "--checkpointing" in half and "--checkpointing" not in advice(80, 79, replace(job, checkpointing=True))
+    # Of 24 GiB, 21.6 may be taken. A run that was out of memory after 12 may need more: never all that was asked for.
+    assert advice(24, 12).startswith("--batch 2 --seq-len 4096")
+    assert advice(10, fixed + 8, replace(job, batch=1)).startswith("--batch 1 --seq-len 512")
+    assert "only a smaller model" in advice(fixed, fixed)
+    assert "Not even one" in advice(24, 24, replace(job, batch=1, seq_len=64))
+    assert what_fits(job, {BASELINE: Run(peak_bytes=70 * GIB)}) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "compares"),
+    [([], False), (["--preset", "1b"], True), (["--preset", "1b", "--no-compare"], False), (["--compare"], True)],
+    ids=["tiny", "1b", "no-compare", "compare"],
+)
+def test_when_all_are_compared(arguments, compares):
+    assert command.parse(arguments).compare == compares
 
 
 @pytest.mark.parametrize(
@@ -158,6 +328,7 @@ def test_out_of_memory(tmp_path, capsys, monkeypatch):
         ["--device", "abacus"],
         ["--device", "meta"],
         ["--preset", "1b", "--model", "llama"],
+        ["--compare", "--model", "llama"],
         ["--text", "missing"],
         ["--text", __file__, "--seq-len", "999999"],
     ],
@@ -165,15 +336,38 @@ def test_out_of_memory(tmp_path, capsys, monkeypatch):
 )
 def test_bad_arguments(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        train.main([*arguments, "--out", str(tmp_path)])
+        command.main([*arguments, "--out", str(tmp_path)])
     assert exit.value.code == 2
     assert arguments[-2] in capsys.readouterr().err
 
 
+@pytest.fixture
+def not_installed(monkeypatch):
+    """As in a checkout that was not installed: no metadata of the package."""
+    from_name = importlib.metadata.Distribution.from_name
+
+    def missing(name):
+        if name.replace("-", "_") == "triton_rmsnorm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return from_name(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", missing)
+
+
+def test_runs_from_a_checkout(not_installed, providers, tmp_path):
+    providers({"ours": huggingface})
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("triton_rmsnorm")
+    assert command.main([*SHORT, "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.slow
 def test_runs_as_a_program(tmp_path):
     """It decides by itself whether Triton interprets, which must be before Triton is imported."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.train", *SHORT, "--dtype", "bfloat16", "--out", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    arguments = ["--steps", "1", "--batch", "1", "--dtype", "bfloat16", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.train", *arguments], env=environment, capture_output=True, text=True, cwd=records.ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ours: 100%" in done.stderr  # the progress bar

@@ -1,7 +1,4 @@
-"""What the comparisons of training share: jobs, the model, its data, the loop.
-
-Neither Triton nor what imports it may be imported here: whether Triton interprets is decided later.
-"""
+"""What is trained: jobs, the model, its data."""
 
 import os
 import platform
@@ -18,21 +15,23 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and how: everything but the norms."""
+    """What is trained, and how: everything except the norms."""
 
-    sizes: dict[str, int] | None  # of transformers.LlamaConfig; None: those of bench.tiny_models
-    seq_len: int  # tokens, which are bytes
-    batch: int  # sequences a step
+    sizes: dict[str, int] | None  # of the model; None: those of bench.census.tiny_models
+    seq_len: int  # tokens per sequence; a token is a byte of text
+    batch: int  # sequences per step, in each group of `tp` devices
     steps: int
-    dtype: torch.dtype  # of parameters and activations
+    dtype: torch.dtype  # of parameters and activations; of activations alone where FSDP casts
     learning_rate: float
     device: torch.device = CPU
     model: str = "llama"  # a model type of transformers
-    checkpointing: bool = False  # of activations: layers are computed again in the backward
+    checkpointing: bool = False  # recompute activations of layers in the backward
+    parallel: str = ""  # a key of bench.train.distributed.PARALLEL
+    tp: int = 1  # devices that share a matrix
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.batch * self.seq_len
 
 
@@ -46,7 +45,7 @@ PRESETS = {
         dtype=torch.float32,
         learning_rate=1e-3,
     ),
-    # The sizes of Llama-3.2-1B, but for its vocabulary.
+    # The sizes of Llama-3.2-1B, except for its vocabulary.
     "1b": Job(
         {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
         seq_len=4096,
@@ -59,9 +58,9 @@ PRESETS = {
 
 
 def new_model(job: Job) -> nn.Module:
-    """A model of random weights, the same for every call, which leaves random numbers in the same state; one token a byte."""
+    """A model with random weights, one token per byte. Every call returns the same and leaves the random state the same."""
     if job.sizes is None:
-        from bench.tiny_models import tiny_model
+        from bench.census.tiny_models import tiny_model
 
         model = tiny_model(job.model, SEED).to(job.device, job.dtype)
         model.config.get_text_config().use_cache = False
@@ -78,28 +77,16 @@ def new_model(job: Job) -> nn.Module:
     return model
 
 
-def batches(job: Job, text: Tensor) -> Iterator[Tensor]:
-    """For each step, tokens [batch, seq_len] from random places of the text, the same for every call."""
-    generator = torch.Generator().manual_seed(SEED)
+def batches(job: Job, text: Tensor, group: int = 0) -> Iterator[Tensor]:
+    """For each step, tokens [batch, seq_len] from random places of the text. Every call for one group of devices yields the same."""
+    generator = torch.Generator().manual_seed(SEED + group)
     for _ in range(job.steps):
         starts = torch.randint(len(text) - job.seq_len + 1, (job.batch, 1), generator=generator)
         yield text[starts + torch.arange(job.seq_len)].long().to(job.device)
 
 
-def train(model: nn.Module, batches: Iterator[Tensor], learning_rate: float) -> Iterator[float]:
-    """Trains, and yields the loss of each step when the step is done."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    for tokens in batches:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss.item()  # waits for the GPU
-
-
 def read_text(path: Path | None) -> Tensor:
-    """Bytes of a file, or of the help texts on the language that every Python has."""
+    """The bytes of a file, or of the help texts on the language that every Python has."""
     if path is not None:
         data = path.read_bytes()
     else:

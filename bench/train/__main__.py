@@ -1,0 +1,162 @@
+"""Trains a model on English text, byte by byte, with the norms of Hugging Face and with ours, and compares losses, speed and memory.
+
+    python -m bench.train                  a small Llama; without a GPU the kernels run in Triton's interpreter
+    python -m bench.train --preset 1b      one of a billion parameters; meant for a GPU, where every provider is compared
+    python -m bench.train --model olmo2    a tiny model of any type that transformers can train on text
+
+All runs start from one seed and see the same batches. Two computations that differ only in rounding still drift apart in training; how
+far is shown by a third run, the control: Hugging Face's norms again, with every gamma moved to a neighbouring number. The losses of ours
+may differ from Hugging Face's by DRIFT times what the control's do. A provider that is not installed is listed as absent. One that fails or
+runs out of memory is listed as such, with what would fit; the others go on.
+
+Exit status: 0; 1 if ours was not measured or its losses differ too much.
+"""
+
+import argparse
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import records
+from bench.train import report
+from bench.train.job import CPU, PRESETS, Job, device_name, interpreted, new_model, read_text
+from bench.train.providers import BASELINE, PROVIDERS, QUICK
+from bench.train.run import DRIFT, Run, agrees, compare, largest_difference, tolerance
+
+
+def unfit(job: Job) -> str:
+    """Why a tiny model of a type cannot be trained on text or shows nothing about norms; empty if it can and does."""
+    from bench.census.tiny_models import unknown
+    from triton_rmsnorm import patch
+
+    if reason := unknown(job.model):
+        return reason
+    tokens = torch.arange(32, 64)[None]  # bytes that text has
+    try:
+        model = new_model(replace(job, device=CPU))
+        loss = model(input_ids=tokens, labels=tokens).loss
+    except Exception as error:  # of any kind: it is the model's own code
+        return f"must be one that is trained on text and can be built small, but {job.model} raises {type(error).__name__}: {error}"
+    if loss is None:
+        return f"must be one that is trained on text, but {job.model} has no loss"
+    return "" if patch(model).replaced else f"must be one with RMS norms, but patch replaces nothing in {job.model}"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, and what follows from them: job, text and source."""
+    parser = argparse.ArgumentParser("bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of a Llama, and defaults of what follows")
+    kind.add_argument("--model", metavar="TYPE", help="a model type of transformers, in a tiny configuration")
+    parser.add_argument("--steps", type=_positive, help="training steps of each run")
+    parser.add_argument("--seq-len", type=_positive, help="tokens per sequence; a token is a byte")
+    parser.add_argument("--batch", type=_positive, help="sequences per step")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and activations")
+    parser.add_argument("--device", help="cuda or cpu; a GPU if there is one")
+    parser.add_argument("--checkpointing", action="store_true", help="keep a layer's input instead of its activations")
+    parser.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help=f"every provider instead of {', '.join(QUICK)} (what --preset 1b does unless --no-compare)",
+    )
+    parser.add_argument("--text", type=Path, help="file to train on instead of Python's help texts")
+    parser.add_argument("--out", type=Path, help="folder for picture and figures (out/train; of all providers on a GPU bench/results)")
+    args = parser.parse_args(argv)
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        parser.error(f"--device must be cuda or cpu, got {args.device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device is {args.device}, but torch finds no GPU")
+    if args.text is not None and not args.text.is_file():
+        parser.error(f"--text must be a file, got {args.text}")
+    given = {name: getattr(args, name) for name in ("steps", "seq_len", "batch") if getattr(args, name) is not None}
+    if args.dtype is not None:
+        given["dtype"] = getattr(torch, args.dtype)
+    if args.model is not None:
+        if args.compare:
+            parser.error("--model is for ours alone: every provider (--compare) is for Llamas")
+        given |= {"model": args.model, "sizes": None}
+    args.job = replace(PRESETS[args.preset], device=device, checkpointing=args.checkpointing, **given)
+    if args.compare is None:
+        args.compare = args.preset == "1b"
+    if args.out is None:
+        args.out = records.RESULTS if args.compare and device.type == "cuda" else Path("out/train")
+    args.source = args.text.name if args.text else "pydoc_data.topics"
+    args.text = read_text(args.text)
+    if not 2 <= args.job.seq_len <= len(args.text):
+        parser.error(f"--seq-len must be from 2 to {len(args.text)}, the bytes of {args.source}, got {args.job.seq_len}")
+    args.error = parser.error
+    return args
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    job: Job = args.job
+    text: Tensor = args.text
+    if job.device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.set_num_threads(1)  # the interpreter has one, and a model that it can serve needs no more
+    if job.sizes is None and (reason := unfit(job)):
+        args.error(f"--model {reason}")
+
+    about = report.about(job, args.source)
+    parameters = about["model"]["parameters"]
+    print(f"{job.model} of {parameters / 1e6:.3g} M parameters, {about['dtype']}, on {device_name(job.device)}")
+    print(f"{job.steps} steps of {job.batch} x {job.seq_len} bytes from the {len(text) / 1e3:.0f} KB of {args.source}")
+    if interpreted():
+        print("No GPU is used: the kernels run in Triton's interpreter, which shows what they compute, not how fast they are.")
+    print()
+
+    name = records.path("train", about["metadata"], about["metadata"]["device"]).stem if args.compare else None
+    json, picture = args.out / f"{name or 'figures'}.json", args.out / f"{name or 'losses'}.png"
+
+    def save(runs: dict[str, Run]) -> None:
+        records.write(json, report.figures(about, job, runs), lines="runs")
+
+    runs = compare(job, text, tuple(PROVIDERS) if args.compare else QUICK, save)
+    result = report.figures(about, job, runs)
+    report.picture(result).savefig(picture, dpi=150)
+    print(f"\n{report.table(result)}")
+    if result["advice"]:
+        print(result["advice"])
+    good = judge(runs)
+    print(f"Picture and figures: {picture}, {json}")
+    return 0 if good else 1
+
+
+def judge(runs: dict[str, Run]) -> bool:
+    """Whether all of ours were measured and train as the baseline does, which is printed.
+
+    A compiled model rounds in other places, so of its losses only NaN counts.
+    """
+    allowed = tolerance(runs)
+    if allowed is not None:
+        print(f"\nTolerance: {allowed:.1e}, which is {DRIFT} times what one rounding of every gamma does to the losses (the control).")
+    good = True
+    for name, run in runs.items():
+        if name.startswith("ours"):
+            good &= agrees(run, runs)
+            if (difference := largest_difference(run, runs[BASELINE])) is not None:
+                verdict = "the same" if agrees(run, runs) else "TOO MUCH"
+                print(f"Largest difference of the losses of {name} and {BASELINE}: {difference:.1e}, {verdict}.")
+        elif "ours" in name:
+            good &= run.status in ("measured", "absent") and all(map(math.isfinite, run.losses))
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(main())
