@@ -70,7 +70,10 @@ def test_commands(command, capsys):
     """The program exists and knows the options."""
     _, module, *options = shlex.split(command)
     with pytest.raises(SystemExit) as exit:
-        importlib.import_module(module).main([*options, "--help"])
+        program = importlib.import_module(module)
+        if hasattr(program, "__path__"):
+            program = importlib.import_module(f"{module}.__main__")
+        program.main([*options, "--help"])
     assert exit.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in options if option.startswith("--"))
