@@ -5,44 +5,63 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scripts.tasks import work
 
 pytest.importorskip("transformers")
 
-from bench import hf_census
+from bench import records
+from bench.census import __main__ as command
+from bench.census import compare as compare_module
+from bench.census.classes import classes_of
+from bench.census.compare import DEVICE, census, compare
+from bench.census.page import differences, page
+from bench.census.run import in_processes
 from bench.census.tiny_models import tiny_batch, tiny_model
-from bench.census_page import differences, page
-from bench.hf_census import DEVICE, census, classes_of, compare
 from triton_rmsnorm.patching import replacement
+
+LLAMA = "transformers.models.llama"
+
+
+def record_of(results: list[dict]) -> dict:
+    """As it is read from the file."""
+    return json.loads(json.dumps({"metadata": METADATA, "processor_seconds": 1, "results": results}))
+
+
+METADATA = records.metadata() | {"machine": "a machine"}
 
 
 @pytest.fixture(scope="module")
 def results():
-    return {"models": [census("llama"), census("bert")], "classes": [classes_of("transformers.models.llama")]}
+    return [census("llama"), census("bert"), classes_of(LLAMA)]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("census")
 def test_what_is_counted(results):
-    llama, bert = results["models"]
-    assert (llama["stage"], bert["stage"]) == ("compared", "no norms")
+    llama, bert, package = results
+    assert (llama["stage"], bert["stage"], package["stage"]) == ("compared", "no norms", "compared")
     assert [(row["name"], row["count"], row["status"]) for row in llama["rows"]] == [("LlamaRMSNorm", 5, "replaced")]
     assert [(row["name"], row["count"], row["status"]) for row in llama["layers"]] == [("LlamaDecoderLayer", 2, "fused")]
-    for dtype in ("torch.float32", "torch.bfloat16"):
-        parts, _, in_fp64 = llama[dtype]
-        assert 0 < parts <= 1 and in_fp64
-    assert [(one["class"], one["status"], one["differs"]) for one in results["classes"][0]["classes"]] == [
-        ("llama.LlamaRMSNorm", "replaced", "")
-    ]
+    for dtype in ("float32", "bfloat16"):
+        part, _, in_fp64 = llama[dtype]
+        assert 0 < part <= 1 and in_fp64
+    assert [(one["class"], one["status"], "differs" in one) for one in package["classes"]] == [("llama.LlamaRMSNorm", "replaced", False)]
     assert not differences(results)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("census")
 def test_the_page(results):
-    text = page(json.loads(json.dumps(results)), "no time")
+    text = page(record_of(results))
     assert "| model types | 2 |" in text
     assert "| layers fused in them | 2 |" in text
+    assert "| norms replaced in all models that were built | **5** of 5 |" in text
     assert "| **differences beyond rounding** | **none** |" in text
-    assert "| `llama.LlamaRMSNorm` | `w · x_hat.to(x)` | replaced |" in text
-    assert "1 more were built and have no norm to replace" in text
+    assert "| `w · x_hat.to(x)` | 1 | 1 | 5 | LlamaRMSNorm |" in text
+    assert "| built, without a norm to replace | 1 |" in text
 
 
+@pytest.mark.slow
 def test_a_wrong_norm_is_found(monkeypatch):
     """In bf16 the order of roundings is all that is wrong with it."""
     compute = replacement._compute
@@ -51,15 +70,14 @@ def test_a_wrong_norm_is_found(monkeypatch):
         return compute(module, replace(norm, semantics=replace(norm.semantics, x_hat=None)), *tensors)
 
     monkeypatch.setattr(replacement, "_compute", plain)
-    llama = census("llama")
-    assert "another output of" in llama["error"] and llama["differs"]
-    package = classes_of("transformers.models.llama")
-    assert package["classes"][0]["differs"] == "y, torch.bfloat16"
-    found = differences({"models": [llama], "classes": [package]})
-    assert len(found) == 2
-    assert "**differences beyond rounding** | **2**" in page({"models": [llama], "classes": [package]}, "")
+    results = [census("llama"), classes_of(LLAMA)]
+    assert "another output of" in results[0]["error"] and results[0]["differs"]
+    assert results[1]["classes"][0]["differs"] == "y, torch.bfloat16"
+    assert len(differences(results)) == 2
+    assert "**differences beyond rounding** | **2**" in page(record_of(results))
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_found(monkeypatch):
     compute = replacement._compute
 
@@ -71,17 +89,31 @@ def test_a_wrong_gradient_is_found(monkeypatch):
 
     monkeypatch.setattr(replacement, "_compute", scaled)
     model = tiny_model("llama").eval().to(DEVICE)
-    parts, name, _ = compare(model, tiny_batch(model), torch.float32)
-    assert parts > 1 and name.startswith("gradient of")
-    assert classes_of("transformers.models.llama")["classes"][0]["differs"].startswith("gradient 0")
+    part, name, _ = compare(model, tiny_batch(model), torch.float32)
+    assert part > 1 and name.startswith("gradient of")
+    assert classes_of(LLAMA)["classes"][0]["differs"].startswith("gradient 0")
+    assert len(differences([{"type": "llama", "float32": (part, name, True)}])) == 1
 
 
-def test_a_failure_of_patch_is_no_model_that_cannot_be_built(monkeypatch):
-    monkeypatch.setattr(hf_census, "patch", lambda *_, **__: 1 / 0)
-    assert differences({"models": [census("llama")], "classes": []}) == ["llama: ZeroDivisionError: division by zero"]
+def test_a_failure_of_patch_is_a_difference(monkeypatch):
+    """Unlike a model that cannot be built."""
+    monkeypatch.setattr(compare_module, "patch", lambda *_, **__: 1 / 0)
+    assert differences([census("llama")]) == ["llama: ZeroDivisionError: division by zero"]
+    monkeypatch.setattr(compare_module, "tiny_model", lambda *_: 1 / 0)
+    assert differences([census("llama")]) == []
 
 
 def test_unknown_types(capsys):
     with pytest.raises(SystemExit):
-        hf_census.main(["--types", "lama"])
+        command.main(["--types", "lama"])
     assert "--types must be a model type of transformers, such as llama or mllama or llama4, got lama" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tasks_that_die_or_hang():
+    """They cost nothing but themselves."""
+    tasks = ["a", "dies", "hangs", "b", "c"]
+    outcomes = {task: (result, failure) for task, result, failure in in_processes(work, tasks, workers=2, seconds=5)}
+    assert outcomes.pop("dies") == (None, "its process ended with exit code -9")
+    assert outcomes.pop("hangs") == (None, "it took more than 5 seconds")
+    assert outcomes == {task: (2 * task, "") for task in "abc"}

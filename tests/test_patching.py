@@ -23,8 +23,8 @@ pytest.importorskip("transformers")
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from bench.census.compare import DiffersError, compare
 from bench.census.tiny_models import model_types, tiny_batch, tiny_model
-from bench.hf_census import DiffersError, compare
 
 F32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
 
