@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 
-from triton_rmsnorm.reference import Spec, accumulation_dtype
+from triton_rmsnorm.reference import BackwardInputs, Inputs, Needs, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime import launch, plan
 
 CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 DEVICES = {
@@ -76,15 +75,10 @@ class Launches(NamedTuple):
 
 def launches(problem: Problem, rows: int, device: tuning.Device, tensor_device: str = "meta") -> Launches:
     """Records the launches of `problem` with so many rows, as they would be on `device`. Nothing runs."""
-    recorded = []
-
-    def record(self, *pointers):
-        names = zip(self.kernel.arg_names, pointers, strict=False)
-        recorded.append(Recorded(self, {name: pointer for name, pointer in names if pointer is not None}))
-
-    with mock.patch.object(launch, "device_of", lambda _: device), mock.patch.object(launch.Launch, "__call__", record):
+    with launch.pretend(device), launch.recorded(run=False) as recorded:
         inputs, outputs = _call(problem, rows, tensor_device)
-    return Launches(recorded, *([tensor for tensor in tensors if tensor is not None] for tensors in (inputs, outputs)))
+    some = [Recorded(each.launch, {name: t for name, t in each.pointers.items() if t is not None}) for each in recorded]
+    return Launches(some, *([tensor for tensor in tensors if tensor is not None] for tensors in (inputs, outputs)))
 
 
 def depends_on_rows(problem: Problem, device: tuning.Device, rows: tuple[int, ...] = (1, 3, 100_000)) -> bool:
@@ -110,10 +104,10 @@ def _call(problem: Problem, rows: int, device: str) -> tuple[list[Tensor | None]
     gate = empty(rows, columns) if variant.gate else None
     residual = empty(rows, columns, dtype=DTYPES[variant.residual]) if variant.residual else None
     if problem.direction == "forward":
-        return [x, weight, residual, gate], list(launch.forward(x, weight, spec, residual, gate))
+        return [x, weight, residual, gate], list(plan.forward(Inputs(x, weight, residual, gate), spec))
     dy = empty(rows, columns, dtype=spec.output_dtype(x, weight))
     rstd = empty(*spec.rstd_shape(x.shape), dtype=accumulation_dtype(x))
-    needs = launch.Needs(dresidual=variant.residual not in (None, problem.dtype), dgate=variant.gate, dw=variant.needs_dw)
+    needs = Needs(dweight=variant.needs_dw, dresidual=variant.residual not in (None, problem.dtype), dgate=variant.gate)
     normed = x if residual is None else torch.empty_like(residual)  # x + residual, as the forward returned it
-    gradients = launch.backward(dy, normed, weight, rstd, spec, gate, residual, x.dtype, needs)
-    return [dy, normed, weight, rstd, gate, residual], list(gradients)
+    given = BackwardInputs(dy, residual, normed, weight, gate, rstd)
+    return list(given), list(plan.backward(given, spec, x.dtype, needs))

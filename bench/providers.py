@@ -49,7 +49,7 @@ def compiled(problem: Problem) -> Norm:
     """The formulas in plain torch, which it fuses; of eager's plain norm it makes the same."""
 
     def norm(x, weight, residual, gate):
-        y, _, residual_out = reference.forward(x, weight, problem.spec, residual, gate)
+        y, _, residual_out = reference.forward(reference.Inputs(x, weight, residual, gate), problem.spec)
         return y if residual_out is None else (y, residual_out)
 
     torch._dynamo.reset()  # each problem is compiled for itself, and there is a limit to how often one function is

@@ -8,8 +8,6 @@ import argparse
 import itertools
 import re
 import sys
-from dataclasses import replace
-from unittest import mock
 
 import torch
 import triton
@@ -25,7 +23,6 @@ TARGETS = {
     tuning.SM_100: GPUTarget("cuda", 100, 32),
     tuning.GFX942: GPUTarget("hip", "gfx942", 64),
 }
-HAS_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 ROWS = 8192
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -117,25 +114,19 @@ def recorded(device: tuning.Device, everything: bool):
     """Launches and the dtypes of their pointers, each configuration once."""
     seen = set()
 
-    def record(self, *pointers):
-        dtypes = tuple(pointer.dtype if pointer is not None else None for pointer in pointers)
-        constants = {name: value for name, value in self.values.items() if name not in ("M", "N", "COLS", "eps", "programs")}
-        blocked = self.values.get("BLOCK_N", 0) < self.values.get("N", 0)
-        plain_dtypes = {dtype for dtype in dtypes if dtype} if everything else None
-        key = (self.kernel.__name__, str(constants), str(self.options), blocked, *[dtype is None for dtype in dtypes], str(plain_dtypes))
-        if key not in seen:
-            seen.add(key)
-            launches.append((self, dtypes))
-
-    launches = []
-    with (
-        mock.patch.object(launch, "device_of", lambda _: device),
-        mock.patch.object(launch, "runs_on", lambda _: True),
-        mock.patch.object(launch.Launch, "__call__", record),
-    ):
+    with launch.pretend(device, on="meta"), launch.recorded(run=False) as launches:
         for problem in problems(everything):
             problem()
-            yield from launches
+            for prepared, pointers in launches:
+                dtypes = tuple(pointer.dtype if pointer is not None else None for pointer in pointers.values())
+                constants = {name: value for name, value in prepared.values.items() if name not in ("M", "N", "COLS", "eps", "programs")}
+                blocked = prepared.values.get("BLOCK_N", 0) < prepared.values.get("N", 0)
+                plain_dtypes = {dtype for dtype in dtypes if dtype} if everything else None
+                none = [dtype is None for dtype in dtypes]
+                key = (prepared.step, str(constants), str(prepared.options), blocked, *none, str(plain_dtypes))
+                if key not in seen:
+                    seen.add(key)
+                    yield prepared, dtypes
             launches.clear()
 
 
@@ -172,8 +163,7 @@ def main() -> int:
 
     device, target = next(item for item in TARGETS.items() if item[0].name == arguments.device)
     triton.runtime.driver.set_active(Driver(target))
-    if not HAS_CLUSTERS:
-        device = replace(device, max_ctas=1)
+    device = launch.as_compiled(device)
     count = failures = 0
     for prepared, dtypes in recorded(device, arguments.all):
         count += 1

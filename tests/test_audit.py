@@ -11,7 +11,7 @@ from bench.audit import Row, broken_rules, figures, worse
 from bench.launches import DEVICES, VARIANTS, Problem, launches
 from bench.offline import Kernel, accesses
 from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime import launch, plan
 from triton_rmsnorm.runtime import table as measured
 
 PLAIN = Problem("forward", "plain", "bf16", "bf16", 4096)
@@ -235,14 +235,12 @@ def test_a_second_read_is_counted(monkeypatch):
 
 def test_a_configuration_that_depends_on_rows_is_noticed(monkeypatch):
     assert not any(audit.depends_on_rows(problem, tuning.SM_90) for problem in (PLAIN, BACKWARD))
-    prepare = launch.forward_launch
+    prepare = plan.forward_launch
 
-    def by_rows(spec, x, weight, device, *rest):
+    def by_rows(spec, device, x, weight, *rest):
         warps = 4 if x.shape[0] < 1000 else 8
-        return prepare(spec, x, weight, device, *rest, config=tuning.Config(1, 4096, warps, 1, 1, 132))
+        return prepare(spec, device, x, weight, *rest, config=tuning.Config(1, 4096, warps, 1, 1, 132))
 
-    launch._forward_plan.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(launch, "forward_launch", by_rows)
+        patched.setattr(plan, "forward_launch", by_rows)
         assert audit.depends_on_rows(PLAIN, tuning.SM_90)
-    launch._forward_plan.cache_clear()

@@ -35,7 +35,7 @@ def few_heads(monkeypatch):
 
 def by_reference(problem):
     def norm(x, weight, residual, gate):
-        y, _, residual_out = reference.forward(x, weight, problem.spec, residual, gate)
+        y, _, residual_out = reference.forward(reference.Inputs(x, weight, residual, gate), problem.spec)
         return y if residual_out is None else (y, residual_out)
 
     return norm

@@ -8,7 +8,6 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import assert_within_budget, draw, exact, results_of, torchs
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -20,21 +19,15 @@ from variants import FUNCTIONS, VARIANTS, N, Variant
 
 import triton_rmsnorm
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
-from triton_rmsnorm.reference import Spec, accumulation_dtype
-from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec, accumulation_dtype
+from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
 
 OPINFO = next(op for op in op_db if op.name == "nn.functional.rms_norm" and not op.variant_test_name)
 MODULEINFO = next(module for module in module_db if module.module_cls is torch.nn.RMSNorm)
 REAL = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_floating_point), key=str)
 COMPLEX = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_complex), key=str)
+pytestmark = pytest.mark.usefixtures("small_tiles")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    if launch.INTERPRETED:
-        monkeypatch.setattr(launch, "device_of", lambda _: tuning.SM_80)
 
 
 @pytest.fixture(params=FUNCTIONS.values(), ids=FUNCTIONS)
@@ -49,9 +42,9 @@ def eps_of(x: Tensor, eps: float | None) -> float:
 def check(x: Tensor, weight: Tensor | None, normalized_shape, eps: float | None) -> None:
     """rms_norm and its gradients are within the budget of the exact ones."""
     dy = draw(tuple(x.shape), x.dtype, x.device)
-    ours = results_of(lambda x, weight: rms_norm(x, normalized_shape, weight, eps), x, weight, dy)
-    spec = Spec(tuple(normalized_shape), eps_of(x, eps))
-    assert_within_budget(ours, exact(x, weight, dy, spec), torchs(x, weight, dy, spec))
+    inputs = Inputs(x, weight)
+    results = run(lambda x, weight, *_: rms_norm(x, normalized_shape, weight, eps), inputs, dy)
+    assert_within_budget(results, expected(inputs, dy, Spec(tuple(normalized_shape), eps_of(x, eps))))
 
 
 def test_opinfo_covers_what_we_claim():
@@ -156,31 +149,35 @@ def test_numbers(numbers, dtype, eps, device):
     """NaN and infinities are where torch has them, but for gradients that its formula overflows in (2x, for example), where the closed form
     does not; what is finite is within the budget; rows beside do not notice."""
     x, weight, dy = draw((4, 32), dtype, device), draw((32,), dtype, device), draw((4, 32), dtype, device)
-    plain = results_of(lambda x, weight: rms_norm(x, (32,), weight, eps), x, weight, dy)
+
+    def results_of(norm, x: Tensor, dy: Tensor) -> Results:
+        return run(lambda x, weight, *_: norm(x, (32,), weight, eps), Inputs(x, weight), dy)
+
+    plain = results_of(rms_norm, x, dy)
     x[1:3] = numbers(x[1:3])
     spec = Spec((32,), eps_of(x, eps))
-    ours = results_of(lambda x, weight: rms_norm(x, (32,), weight, eps), x, weight, dy)
-    theirs = results_of(lambda x, weight: F.rms_norm(x, (32,), weight, eps), x, weight, dy)
-    closed = reference.backward(dy, x, weight, reference.forward(x, weight, spec)[1], spec)
-    for our, their in ((ours.y, theirs.y), (ours.dx, closed.dx), (ours.dw, closed.dw)):
+    ours, theirs = results_of(rms_norm, x, dy), results_of(F.rms_norm, x, dy)
+    rstd = reference.forward(Inputs(x, weight), spec).rstd
+    closed = reference.backward(BackwardInputs(dy, None, x, weight, None, rstd), spec)
+    for our, their in ((ours.y, theirs.y), (ours.dx, closed.dx), (ours.dweight, closed.dweight)):
         assert our.dtype == their.dtype and torch.equal(our.isnan(), their.isnan())
         assert torch.equal(our.isinf(), their.isinf()) and torch.equal(our[our.isinf()], their[our.isinf()])
     if theirs.y.isfinite().all():
-        for our, their in zip(ours, theirs, strict=True):
-            assert not (our.isnan() & ~their.isnan()).any()
+        for name, their in theirs.present.items():
+            assert not (ours.present[name].isnan() & ~their.isnan()).any()
     for our, before in ((ours.y, plain.y), (ours.dx, plain.dx)):
         assert torch.equal(our[[0, 3]], before[[0, 3]])
     rows = [i for i in range(4) if theirs.y[i].isfinite().all() and theirs.dx[i].isfinite().all()]
     finite = x[rows].to(accumulation_dtype(x)).square().sum(-1).isfinite()  # what overflows in torch is not exact there
     rows = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
-    some = results_of(lambda x, weight: rms_norm(x, (32,), weight, eps), x[rows], weight, dy[rows])
+    some = results_of(rms_norm, x[rows], dy[rows])
     assert torch.equal(some.y, ours.y[rows]) and torch.equal(some.dx, ours.dx[rows])
-    assert_within_budget(some, exact(x[rows], weight, dy[rows], spec), torchs(x[rows], weight, dy[rows], spec))
+    assert_within_budget(some, expected(Inputs(x[rows], weight), dy[rows], spec))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("number", [torch.inf, torch.nan, 1e30, 0.0])
-@pytest.mark.parametrize("name", ["add", "gate_after", "gate_before"])
+@pytest.mark.parametrize("name", ["residual", "gate", "gate_first"])
 def test_rows_stay_isolated(name, number, device):
     """A row that holds such a number, in x, residual or gate: NaN where torch's operations make NaN, and nothing in the rows beside."""
     variant = VARIANTS[name]
@@ -407,7 +404,7 @@ def test_checkpoint(module, use_reentrant, launches):
     launches.clear()
     ours = gradients_of(lambda *args: checkpoint(norm, *args, use_reentrant=use_reentrant), arguments)
     assert all(map(torch.equal, ours, expected))
-    assert [recorded.kernel for recorded in launches].count("_rms_norm_fwd_kernel") == 2
+    assert [recorded.step for recorded in launches].count("forward") == 2
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import draw
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -13,17 +12,10 @@ from torch.utils._pytree import tree_leaves
 from variants import FUNCTIONS, VARIANTS, N, Variant, scalar
 
 from triton_rmsnorm import RMSNorm, add_rms_norm, rms_norm
-from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.testing import draw
 
 SHAPE = (2, 3, N)
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    """The interpreter's own tiles are tall, which is for many rows."""
-    if launch.INTERPRETED:
-        monkeypatch.setattr(launch, "device_of", lambda _: tuning.SM_80)
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
@@ -204,7 +196,7 @@ def test_vmap(function, transform, dims, device):
 
 
 @pytest.mark.parametrize("transform", VMAPPED.values(), ids=VMAPPED)
-@pytest.mark.parametrize("name", ["add", "gate_after", "gate_before"])
+@pytest.mark.parametrize("name", ["residual", "gate", "gate_first"])
 def test_vmap_of_one_of_two(name, transform, device):
     """x has a batch, the residual or the gate has none; and the other way round."""
     variant = VARIANTS[name]
@@ -279,10 +271,10 @@ def test_dtypes_under_vmap(in_dims, dtypes, device):
 
 def test_only_the_sum_has_a_gradient(device):
     """y is not used, or x + residual is not: the other's gradient is all there is."""
-    x, weight, residual = VARIANTS["add"].draw(SHAPE, torch.float64, device)
+    x, weight, residual = VARIANTS["residual"].draw(SHAPE, torch.float64, device)
     for used in (0, 1):
         tensors = leaves((x, weight, residual))
-        ours, theirs = VARIANTS["add"].ours(*tensors)[used], VARIANTS["add"].theirs(*tensors)[used]
+        ours, theirs = VARIANTS["residual"].ours(*tensors)[used], VARIANTS["residual"].theirs(*tensors)[used]
         results = [torch.autograd.grad(y.square().sum(), tensors, allow_unused=True, materialize_grads=True) for y in (ours, theirs)]
         assert_same(*results)
 
@@ -291,7 +283,7 @@ def test_gradient_penalty_trains_the_weight(device):
     """A loss with the norm of its own gradient: in every parameter's gradient."""
     torch.manual_seed(0)
     net = torch.nn.Linear(N, 1, dtype=torch.float64, device=device)
-    x, weight = VARIANTS["rms_norm"].draw((5, N), torch.float64, device)
+    x, weight = VARIANTS["plain"].draw((5, N), torch.float64, device)
 
     def trained(norm):
         parameters = leaves((weight, *net.parameters()))
@@ -301,7 +293,7 @@ def test_gradient_penalty_trains_the_weight(device):
         (loss + (slope.norm(dim=-1) - 1).square().mean()).backward()
         return [p.grad for p in parameters]
 
-    assert_same(trained(VARIANTS["rms_norm"].ours), trained(VARIANTS["rms_norm"].theirs))
+    assert_same(trained(VARIANTS["plain"].ours), trained(VARIANTS["plain"].theirs))
 
 
 def test_ensemble(device):
@@ -329,7 +321,7 @@ def test_ensemble(device):
 @pytest.mark.parametrize("changed", ["input", "sum"])
 def test_changed_in_place(changed, device):
     """What the backward needs may not have been changed: an error, not a wrong gradient."""
-    x, weight, residual = leaves(VARIANTS["add"].draw(SHAPE, torch.float64, device))
+    x, weight, residual = leaves(VARIANTS["residual"].draw(SHAPE, torch.float64, device))
     if changed == "input":
         u = x * 1
         y = rms_norm(u, (N,), weight)
@@ -343,7 +335,7 @@ def test_changed_in_place(changed, device):
 
 def test_backward_twice(device):
     """Once more with retain_graph: the same; without: torch's error."""
-    x, weight = leaves(VARIANTS["rms_norm"].draw(SHAPE, torch.float64, device))
+    x, weight = leaves(VARIANTS["plain"].draw(SHAPE, torch.float64, device))
     y = rms_norm(x, (N,), weight).sum()
     first = torch.autograd.grad(y, (x, weight), retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(y, (x, weight))))
@@ -363,7 +355,7 @@ def test_grad_modes(context, function, device):
 
 def test_saved_tensors(device):
     """What is kept for the backward is x and one number a row; hooks on saved tensors see all of it."""
-    x, weight = leaves(VARIANTS["rms_norm"].draw((5, 7, N), torch.float64, device))
+    x, weight = leaves(VARIANTS["plain"].draw((5, 7, N), torch.float64, device))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = rms_norm(x, (N,), weight)

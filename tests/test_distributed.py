@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -17,14 +18,13 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import draw
 from torch.utils._pytree import tree_leaves
 from variants import VARIANTS, N, Variant
 
 from triton_rmsnorm import rms_norm
 from triton_rmsnorm.reference import Spec
-from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime import config, launch, plan
+from triton_rmsnorm.testing import draw
 
 CPU = torch.device("cpu")
 CHECKS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {}
@@ -62,7 +62,12 @@ def test_processes(world, monkeypatch):
 
 def _process(rank: int, world: int, port: int, failures) -> None:
     torch.set_num_threads(1)
-    launch.device_of = lambda _: tuning.SM_80  # small tiles
+    with launch.pretend(config.SM_80):  # small tiles
+        _run_checks(rank, world, port, failures)
+    os._exit(0)  # as bench.distributed_train does
+
+
+def _run_checks(rank: int, world: int, port: int, failures) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=100))
     for name, (function, worlds) in CHECKS.items():
         if world not in worlds:
@@ -79,7 +84,6 @@ def _process(rank: int, world: int, port: int, failures) -> None:
         if any(failed) and "Timeout" in str(error):
             break
     dist.destroy_process_group()
-    os._exit(0)  # as bench.distributed_train does
 
 
 @cache  # a program has one; torch.compile mistakes one mesh for another that is equal
@@ -143,7 +147,7 @@ def rows_are_sharded():
 def all_is_replicated():
     from torch.distributed.tensor import Replicate
 
-    variant = VARIANTS["add"]
+    variant = VARIANTS["residual"]
     gradients = compare(variant, variant.draw((4, 3, N), torch.float32, CPU), mesh(), [(Replicate(),)] * 3)
     assert [g.placements for g in gradients] == [(Replicate(),)] * 3
 
@@ -153,7 +157,7 @@ def two_mesh_dimensions():
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     on = mesh(2, 2)
-    for name in ("rms_norm", "add", "gate_before"):
+    for name in ("plain", "residual", "gate_first"):
         variant = VARIANTS[name]
         tensors = variant.draw((4, 6, N), torch.float32, CPU)
         for rows, dw in (
@@ -184,7 +188,7 @@ def columns_are_sharded():
 def placed_differently():
     from torch.distributed.tensor import Replicate, Shard
 
-    for name in ("add", "gate_after"):
+    for name in ("residual", "gate"):
         variant = VARIANTS[name]
         tensors = variant.draw((4, 4, N), torch.float32, CPU)
         compare(variant, tensors, mesh(), [(Shard(0),), (Replicate(),), (Shard(1),)], collectives=True)
@@ -196,7 +200,7 @@ def partial_sums_are_summed_first():
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     on, world = mesh(), dist.get_world_size()
-    x, weight = VARIANTS["rms_norm"].draw((4, N), torch.float32, CPU)
+    x, weight = VARIANTS["plain"].draw((4, N), torch.float32, CPU)
     part = DTensor.from_local(x * (dist.get_rank() + 1), on, [Partial()])
     y = rms_norm(part, (N,), distributed(weight, on, Replicate()))
     torch.testing.assert_close(y.full_tensor(), rms_norm(x * sum(range(1, world + 1)), (N,), weight))
@@ -208,7 +212,7 @@ def what_needs_no_gradient():
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     on = mesh()
-    for name in ("rms_norm", "add", "gate_after"):
+    for name in ("plain", "residual", "gate"):
         variant = VARIANTS[name]
         tensors = variant.draw((4, 3, N), torch.float32, CPU)
         for at in range(len(tensors)):
@@ -222,7 +226,7 @@ def what_needs_no_gradient():
             assert [t.grad is None for t in placed] == [i != at for i in range(len(tensors))]
             torch.testing.assert_close(placed[at].grad.full_tensor(), whole[at].grad)
     x, weight, residual = (distributed(t, on, p) for t, p in zip(tensors, (Shard(0), Replicate(), Shard(0)), strict=True))
-    _, summed = VARIANTS["add"].ours(x, weight, residual)
+    _, summed = VARIANTS["residual"].ours(x, weight, residual)
     summed.backward(torch.ones_like(summed))
     assert torch.equal(x.grad.full_tensor(), torch.ones_like(tensors[0])) and not weight.grad.full_tensor().any()
     assert weight.grad.placements == (Partial(),)
@@ -236,12 +240,12 @@ def operators_have_rules():
 
     on = mesh()
     rules.register()
-    x, weight = VARIANTS["rms_norm"].draw((3, 4, N), torch.float32, CPU)
+    x, weight = VARIANTS["plain"].draw((3, 4, N), torch.float32, CPU)
     spec = Spec((N,), 1e-6)
     rows, whole = distributed(x, on, Shard(1)).detach(), distributed(weight, on, Replicate()).detach()
     y, rstd, _ = torch.ops.triton_rmsnorm.forward(rows, whole, None, None, *spec)
     assert y.placements == rstd.placements == (Shard(1),) and rstd.shape == (3, 4, 1)
-    dx, _, _, dw = torch.ops.triton_rmsnorm.backward(y, None, rows, whole, None, rstd, torch.float32, [True, False, False, True], *spec)
+    dx, dw, _, _ = torch.ops.triton_rmsnorm.backward(y, None, rows, whole, None, rstd, torch.float32, [True, True, False, False], *spec)
     assert dx.placements == (Shard(1),) and dw.placements == (Partial("sum"),)
 
 
@@ -250,7 +254,7 @@ def second_derivatives():
     from torch.distributed.tensor import Replicate, Shard
 
     on = mesh()
-    for name in ("rms_norm", "add", "gate_after", "gate_before"):
+    for name in ("plain", "residual", "gate", "gate_first"):
         variant = VARIANTS[name]
 
         def penalty(tensors, f=variant.ours):
@@ -268,7 +272,7 @@ def compiled():
     """torch.compile with DTensors: one graph, the same results and placements as in eager."""
     from torch.distributed.tensor import Replicate, Shard
 
-    for name in ("rms_norm", "add", "gate_after"):
+    for name in ("plain", "residual", "gate"):
         variant, results = VARIANTS[name], []
         tensors = variant.draw((4, 3, N), torch.float32, CPU)
         for function in (variant.ours, torch.compile(variant.ours, backend="aot_eager", fullgraph=True)):
@@ -285,18 +289,12 @@ def losses(parallel: str, tp: int, **fields) -> tuple[float, float]:
     from bench.train import distributed as training
     from bench.train.run import largest_difference, tolerance
 
-    launched = []
-    call = launch.Launch.__call__
-    launch.Launch.__call__ = lambda self, *pointers: launched.append(self.kernel.__name__) or call(self, *pointers)
     sizes = {"dim": 16, "layers": 1, "heads": 4, "vocabulary": 16}
     job = replace(training.JOB, parallel=parallel, tp=tp, **{"sizes": sizes, "seq_len": 8, "steps": 4} | fields)
-    try:
+    with launch.recorded() as launches:
         on = training.new_mesh(job)
         runs = {name: training.run(name, job, on) for name in training.PROVIDERS}
-    finally:
-        launch.Launch.__call__ = call
-    norms = 3 * job.steps
-    assert sorted(launched) == sorted(["_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_sum_partials_kernel"] * norms)
+    assert Counter(recorded.step for recorded in launches) == dict.fromkeys(("forward", "backward", "sum_partials"), 3 * job.steps)
     assert runs["torch"].losses[-1] < runs["torch"].losses[0]
     return largest_difference(runs["ours"], runs["torch"]), tolerance(runs, training.BASELINE)
 
@@ -338,15 +336,15 @@ def fsdp_and_tp_train_the_same():
 @check_on(2)
 def a_lost_gradient_shows():
     """The comparison of losses is one that can fail: dgamma of one process is lost, in bf16 that of both."""
-    run, losing = launch.backward, (1,)
+    run, losing = plan.backward, (1,)
 
     def lossy(*args, **kwargs):
         gradients = run(*args, **kwargs)
-        if dist.get_rank() in losing and gradients.dw is not None:
-            gradients.dw.zero_()
+        if dist.get_rank() in losing and gradients.dweight is not None:
+            gradients.dweight.zero_()
         return gradients
 
-    launch.backward = lossy
+    plan.backward = lossy
     try:
         for parallel, tp in (("ddp", 1), ("fsdp", 1), ("tp", 2)):
             difference, tolerance = losses(parallel, tp)
@@ -355,7 +353,7 @@ def a_lost_gradient_shows():
         difference, tolerance = losses("fsdp", 1, **IN_BF16)
         assert difference > tolerance, (difference, tolerance)
     finally:
-        launch.backward = run
+        plan.backward = run
 
 
 @check_on(2)

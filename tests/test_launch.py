@@ -6,17 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKED, Results, assert_within_budget, draw, exact, results_of, torchs
 from torch import Tensor
+from variants import BLOCKED
 
-from triton_rmsnorm import RMSNorm, rms_norm
-from triton_rmsnorm.reference import Spec
-from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm import RMSNorm, rms_norm, testing
+from triton_rmsnorm.reference import Inputs, Needs, Spec
+from triton_rmsnorm.runtime import config, launch, plan
+from triton_rmsnorm.runtime.layout import Layout
+from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected
 
 
 def run(x: Tensor, weight: Tensor | None, dy: Tensor) -> Results:
-    return results_of(lambda x, weight: rms_norm(x, x.shape[-1:], weight), x, weight, dy)
+    return testing.run(lambda x, weight, *_: rms_norm(x, x.shape[-1:], weight), Inputs(x, weight), dy)
 
 
 def problem(shape: tuple[int, ...], device: torch.device, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,8 +26,9 @@ def problem(shape: tuple[int, ...], device: torch.device, dtype=torch.float32) -
 
 def assert_same(ours: Results, theirs: Results) -> None:
     """Bit for bit."""
-    for our, their in zip(ours, theirs, strict=True):
-        assert torch.equal(our, their)
+    assert ours.present.keys() == theirs.present.keys()
+    for name, result in theirs.present.items():
+        assert torch.equal(ours.present[name], result), name
 
 
 def test_memory_is_poisoned(device):
@@ -38,9 +40,9 @@ def test_memory_is_poisoned(device):
 def test_one_launch_forward_two_backward(dtype, weight_dtype, device, launches):
     norm = RMSNorm(100, device=device, dtype=weight_dtype)
     y = norm(draw((3, 5, 100), dtype, device).requires_grad_())
-    assert [recorded.kernel for recorded in launches] == ["_rms_norm_fwd_kernel"]
+    assert [recorded.step for recorded in launches] == ["forward"]
     y.backward(draw(y.shape, dtype, device))
-    assert [recorded.kernel for recorded in launches[1:]] == ["_rms_norm_bwd_kernel", "_sum_partials_kernel"]
+    assert [recorded.step for recorded in launches[1:]] == ["backward", "sum_partials"]
 
 
 def test_saves_input_weight_and_rstd(device):
@@ -81,7 +83,7 @@ def test_rows_do_not_depend_on_their_batch(shape, dtype, device):
         assert torch.equal(some.y, batch.y[rows]) and torch.equal(some.dx, batch.dx[rows])
 
 
-@pytest.mark.parametrize("stand_in", [tuning.SM_80, tuning.SM_90], ids=lambda stand_in: stand_in.name)
+@pytest.mark.parametrize("stand_in", [config.SM_80, config.SM_90], ids=lambda stand_in: stand_in.name)
 def test_rows_do_not_depend_on_their_batch_on_devices(stand_in, device, run_as):
     run_as(stand_in)
     x, weight, dy = problem((45, 1000), device)
@@ -89,16 +91,16 @@ def test_rows_do_not_depend_on_their_batch_on_devices(stand_in, device, run_as):
     assert torch.equal(one.y, batch.y[11:12]) and torch.equal(one.dx, batch.dx[11:12])
 
 
-@pytest.mark.parametrize("stand_in", [tuning.SM_80, tuning.SM_90, tuning.GFX942], ids=lambda stand_in: stand_in.name)
+@pytest.mark.parametrize("stand_in", [config.SM_80, config.SM_90, config.GFX942], ids=lambda stand_in: stand_in.name)
 @pytest.mark.parametrize("n", [128, 4096, 100_000])
 def test_number_of_rows_compiles_nothing_anew(n, stand_in):
     """Rows decide the extent of the grid and integers that are no constants, but nothing that is compiled in."""
 
     def compiled(m):
-        x, weight = launch.Layout((m, n), (n, 1), torch.bfloat16), launch.Layout((n,), (1,), torch.bfloat16)
+        x, weight = Layout((m, n), (n, 1), torch.bfloat16), Layout((n,), (1,), torch.bfloat16)
         spec = Spec((n,), 1e-6)
-        forward = launch.forward_launch(spec, x, weight, stand_in)
-        launches = launch.backward_launches(spec, x, x, weight, launch.Needs(), stand_in)
+        forward = plan.forward_launch(spec, stand_in, x, weight)
+        launches = plan.backward_launches(spec, stand_in, Needs(), x, None, x, weight)
         prepared = [each for each in (forward, *launches) if each is not None]
         integers = ("M", "programs")
         return [(each.kernel, each.options, {k: v for k, v in each.values.items() if k not in integers}) for each in prepared]
@@ -146,7 +148,7 @@ def addresses_of(tensor: Tensor) -> np.ndarray:
     return np.unique(tensor.data_ptr() + elements.numpy() * tensor.element_size())
 
 
-@pytest.mark.parametrize("stand_in", [tuning.INTERPRETER, tuning.SM_80, tuning.SM_90, tuning.GFX942], ids=lambda stand_in: stand_in.name)
+@pytest.mark.parametrize("stand_in", [config.INTERPRETER, config.SM_80, config.SM_90, config.GFX942], ids=lambda stand_in: stand_in.name)
 @pytest.mark.parametrize(("shape", "group_size"), [((37, 100), None), ((5, 3, 96), 32), ((3, max(BLOCKED)), None)], ids=str)
 def test_touches_what_it_should(shape, group_size, stand_in, device, run_as, launches, accesses):
     """Loads stay inside the inputs, whatever lies between rows; each element of an output is stored once; rows are read once."""
@@ -154,7 +156,7 @@ def test_touches_what_it_should(shape, group_size, stand_in, device, run_as, lau
     n = shape[-1]
     x = draw((*shape[:-1], n + 7), torch.float32, device)[..., 3 : n + 3]
     weight, dy = draw((2 * n,), torch.float32, device)[::2], draw((*shape[:-1], n + 4), torch.float32, device)[..., :n]
-    results_of(lambda x, weight: rms_norm(x, (n,), weight, group_size=group_size), x, weight, dy)
+    testing.run(lambda x, weight, *_: rms_norm(x, (n,), weight, group_size=group_size), Inputs(x, weight), dy)
 
     pointers = {}
     for recorded in launches:
@@ -164,7 +166,7 @@ def test_touches_what_it_should(shape, group_size, stand_in, device, run_as, lau
     assert np.array_equal(np.sort(stores), np.sort(np.concatenate([addresses_of(tensor) for tensor in written])))
     assert np.isin(loads, np.concatenate([addresses_of(tensor) for tensor in (x, weight, dy, *written)])).all()
     columns = group_size or n
-    for tensor, kernels in ((x, (tuning.forward_config, tuning.backward_config)), (dy, (tuning.backward_config,))):
+    for tensor, kernels in ((x, (config.forward_config, config.backward_config)), (dy, (config.backward_config,))):
         _, times = np.unique(loads[np.isin(loads, addresses_of(tensor))], return_counts=True)
         assert set(times) == {sum(1 if choose(columns, 4, 4, stand_in).block_n >= columns else 2 for choose in kernels)}
 
@@ -186,23 +188,23 @@ def test_offsets_beyond_2_31(device, request):
     for tensor in (x, dy, weight):
         tensor.copy_(draw(tensor.shape, torch.float16, device))
     spec = Spec((n,), torch.finfo(torch.float32).eps)
-    assert_within_budget(run(x, weight, dy), exact(x, weight, dy, spec), torchs(x, weight, dy, spec))
+    assert_within_budget(run(x, weight, dy), expected(Inputs(x, weight), dy, spec))
 
 
 def test_threads(device):
     """Two threads at once, and backward in another thread than forward, as autograd has it on a GPU."""
     problems = [problem((199, n), device) for n in (64, 1000, 128, 768)]
-    expected = [run(*arguments) for arguments in problems]
+    alone = [run(*arguments) for arguments in problems]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):
-            for ours, theirs in zip(pool.map(lambda arguments: run(*arguments), problems), expected, strict=True):
+            for ours, theirs in zip(pool.map(lambda arguments: run(*arguments), problems), alone, strict=True):
                 assert_same(ours, theirs)
 
         x, weight, dy = problems[0]
         x, weight = x.requires_grad_(), weight.requires_grad_()
         y = rms_norm(x, x.shape[-1:], weight)
         pool.submit(y.backward, dy).result()
-    assert_same(Results(y.detach(), x.grad, weight.grad), expected[0])
+    assert_same(Results(y.detach(), dx=x.grad, dweight=weight.grad), alone[0])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -210,7 +212,8 @@ def test_second_gpu():
     x, weight, dy = problem((9, 100), torch.device("cuda:1"))
     assert torch.cuda.current_device() == 0
     here = run(*(tensor.to("cuda:0") for tensor in (x, weight, dy)))
-    assert_same(Results(*(result.to("cuda:0") for result in run(x, weight, dy))), here)
+    there = run(x, weight, dy).present
+    assert_same(Results(**{name: result.to("cuda:0") for name, result in there.items()}), here)
 
 
 class FakeKernel:
@@ -253,7 +256,7 @@ def test_kernels_are_compiled_once_a_device_and_alignment(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: kernel.current, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
-    prepared = launch.Launch(kernel, (1, 1, 1), tuning.Config(1, 64, 4, 1, 1, 1), tuning.SM_90)
+    prepared = launch.Launch("forward", kernel, (1, 1, 1), config.Config(1, 64, 4, 1, 1, 1), config.SM_90)
     for _ in range(2):
         for device, address in ((0, 64), (1, 64), (0, 72), (1, 72)):
             prepared(FakePointer(device, address))

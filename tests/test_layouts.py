@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import BLOCKED, assert_within_budget, draw, exact, results_of, torchs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from variants import BLOCKED
 
 from triton_rmsnorm import rms_norm
-from triton_rmsnorm.reference import Spec
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.reference import Inputs, Spec
+from triton_rmsnorm.runtime.layout import merge_rows
+from triton_rmsnorm.testing import assert_within_budget, draw, expected, run
 
 
 class View(NamedTuple):
@@ -65,9 +66,8 @@ def check(x: Tensor, weight: Tensor | None, dy: Tensor, ndim: int = 1) -> None:
     tensors = [tensor for tensor in (x, weight, dy) if tensor is not None]
     shape = tuple(x.shape[-ndim:])
     with untouched(*tensors):
-        ours = results_of(lambda x, weight: rms_norm(x, shape, weight), x, weight, dy)
-    spec = Spec(shape, torch.finfo(torch.float32).eps)
-    assert_within_budget(ours, exact(x, weight, dy, spec), torchs(x, weight, dy, spec))
+        results = run(lambda x, weight, *_: rms_norm(x, shape, weight), Inputs(x, weight), dy)
+    assert_within_budget(results, expected(Inputs(x, weight), dy, Spec(shape, torch.finfo(torch.float32).eps)))
 
 
 @pytest.fixture(params=VIEWS.values(), ids=VIEWS)
@@ -172,7 +172,7 @@ def strided(draw) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
 def test_rows_are_found(problem):
     """Merged sizes and strides lead to the offset of every row."""
     sizes, tensors = problem
-    inner_sizes, merged = launch._rows(sizes, *tensors)
+    inner_sizes, merged = merge_rows(sizes, *tensors)
     rows = 1
     for size in sizes:
         rows *= size
@@ -188,8 +188,8 @@ def test_rows_are_found(problem):
 
 
 def test_rows_merge():
-    assert launch._rows((4, 5, 6), (30, 6, 1)) == ((), [(1,)])
-    assert launch._rows((4, 1, 6), (600, 7, 100)) == ((), [(100,)])
-    assert launch._rows((4, 5, 6), (30, 6, 1), (0, 0, 0)) == ((), [(1,), (0,)])
-    assert launch._rows((4, 5, 6), (30, 6, 1), (60, 12, 1)) == ((6,), [(6, 1), (12, 1)])
-    assert launch._rows((), ()) == ((), [(0,)])
+    assert merge_rows((4, 5, 6), (30, 6, 1)) == ((), [(1,)])
+    assert merge_rows((4, 1, 6), (600, 7, 100)) == ((), [(100,)])
+    assert merge_rows((4, 5, 6), (30, 6, 1), (0, 0, 0)) == ((), [(1,), (0,)])
+    assert merge_rows((4, 5, 6), (30, 6, 1), (60, 12, 1)) == ((6,), [(6, 1), (12, 1)])
+    assert merge_rows((), ()) == ((), [(0,)])

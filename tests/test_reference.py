@@ -2,58 +2,63 @@
 
 import pytest
 import torch
-from conftest import Results, assert_within_budget, draw, exact, results_of, torchs
+from torch import Tensor
 
 from triton_rmsnorm import reference
-from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec
+from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
 
 FIELDS = {
     "plain": {},
     "groups": {"group_size": 32},
     "offset": {"weight_offset": 1.0},
     "groups_and_offset": {"group_size": 32, "weight_offset": 1.0},
+    "gate": {"activation": "silu"},
+    "gate_first": {"activation": "gelu", "norm_before_gate": False},
 }
-CPU = torch.device("cpu")
 
 
-def problem(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return draw((19, 2, 96), dtype, CPU), draw((2, 96), dtype, CPU), draw((19, 2, 96), dtype, CPU)
+def problem(spec: Spec, dtype: torch.dtype = torch.float64) -> tuple[Inputs, Tensor]:
+    gate = draw((19, 2, 96), dtype) if spec.activation else None
+    return Inputs(draw((19, 2, 96), dtype), draw((2, 96), dtype), gate=gate), draw((19, 2, 96), dtype)
 
 
-def closed_form(x, weight, dy, spec) -> Results:
-    y, rstd, _ = reference.forward(x, weight, spec)
-    gradients = reference.backward(dy, x, weight, rstd, spec)
-    return Results(y, gradients.dx, gradients.dw)
+def closed_form(inputs: Inputs, dy: Tensor, spec: Spec) -> Results:
+    y, rstd, _ = reference.forward(inputs, spec)
+    return Results(y, None, *reference.backward(BackwardInputs(dy, None, inputs.x, inputs.weight, inputs.gate, rstd), spec))
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_closed_form(dtype, fields):
-    x, weight, dy = problem(dtype)
     spec = Spec((2, 96), 1e-6, **fields)
-    by_autograd = results_of(lambda x, weight: reference.forward(x, weight, spec)[0], x, weight, dy)
-    truth = exact(x, weight, dy, spec)
-    others = torchs(x, weight, dy, spec)
-    assert_within_budget(closed_form(x, weight, dy, spec), truth, others)
+    inputs, dy = problem(spec, dtype)
+    want = expected(inputs, dy, spec)
+    assert_within_budget(closed_form(inputs, dy, spec), want)
     if dtype == torch.float64:
-        assert_within_budget(by_autograd, truth, others)
+        by_autograd = run(lambda *tensors: reference.forward(Inputs(*tensors), spec).y, inputs, dy)
+        assert_within_budget(by_autograd, want)
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_gradcheck(fields):
-    x, weight, _ = problem()
     spec = Spec((2, 96), 1e-6, **fields)
-    x, weight = x[:2].requires_grad_(), weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, weight: reference.forward(x, weight, spec)[0], (x, weight), fast_mode=True)
+    (x, weight, _, gate), _ = problem(spec)
+    some = [tensor.requires_grad_() for tensor in (x[:2], weight, gate[:2] if gate is not None else None) if tensor is not None]
+
+    def norm(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+        return reference.forward(Inputs(x, weight, gate=gate), spec).y
+
+    assert torch.autograd.gradcheck(norm, some, fast_mode=True)
 
 
 @pytest.mark.parametrize("field", ["x_hat_dtype", "rstd_dtype"])
 def test_roundings_count_as_the_identity(field):
     """A rounding moves the gradients by no more than it moves what it rounds: by one eps of its dtype."""
-    x, weight, dy = problem()
     spec = Spec((2, 96), 1e-6)
-    plain, rounded = (closed_form(x, weight, dy, s) for s in (spec, spec._replace(**{field: torch.bfloat16})))
-    assert not torch.equal(plain.y, rounded.y)
-    for before, after in zip(plain, rounded, strict=True):
-        moved = (after.double() - before).abs().amax(-1) / before.abs().amax(-1)
+    inputs, dy = problem(spec)
+    plain, rounded = (closed_form(inputs, dy, s).present for s in (spec, spec._replace(**{field: torch.bfloat16})))
+    assert not torch.equal(plain["y"], rounded["y"])
+    for name, before in plain.items():
+        moved = (rounded[name].double() - before).abs().amax(-1) / before.abs().amax(-1)
         assert moved.max() <= torch.finfo(torch.bfloat16).eps

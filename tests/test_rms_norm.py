@@ -1,62 +1,57 @@
-"""Values and gradients against the exact result, and which rows, columns and calls may influence one another."""
+"""rms_norm: values and gradients against the exact result, and which rows, columns and calls may influence one another."""
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from conftest import BLOCKED, Results, assert_within_budget, draw, exact, exact_given, longdouble, results_of, torchs
+from torch import Tensor
 from torch.nn import functional as F
+from variants import BLOCKED, id_of, ours
 
 from triton_rmsnorm import reference, rms_norm
-from triton_rmsnorm.reference import Spec, accumulation_dtype
-from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config, launch
+from triton_rmsnorm.testing import Results, allow, assert_within_budget, draw, expect, expected, longdouble, run
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
 COLUMNS = [1, 2, 127, 128, 768, 1000, 1023, 4096, *sorted({n - 1 for n in BLOCKED} | BLOCKED)]
 
 
-def name_of(value) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-def spec_of(x: torch.Tensor, normalized_shape: tuple[int, ...], **fields) -> Spec:
+def spec_of(x: Tensor, normalized_shape: tuple[int, ...], **fields: Any) -> Spec:
     return Spec(normalized_shape, **{"eps": torch.finfo(accumulation_dtype(x)).eps, **fields})
 
 
-def check(x, weight, normalized_shape, **fields) -> None:
-    """y, dx and dw of one call are within the budget and of the right dtypes."""
-    dy = draw(x.shape, x.dtype, x.device)
-    ours = results_of(lambda x, weight: rms_norm(x, normalized_shape, weight, **fields), x, weight, dy)
-    assert ours.y.dtype == ours.dx.dtype == x.dtype
-    assert weight is None or ours.dw.dtype == weight.dtype
-    spec = spec_of(x, normalized_shape, **fields)
-    assert_within_budget(ours, exact(x, weight, dy, spec), torchs(x, weight, dy, spec))
+def check(x: Tensor, weight: Tensor | None, normalized_shape: tuple[int, ...], **options: Any) -> None:
+    """y, dx and dweight of one call are within the budget and of the right dtypes."""
+    inputs, dy = Inputs(x, weight), draw(x.shape, x.dtype, x.device)
+    results = run(lambda x, weight, *_: rms_norm(x, normalized_shape, weight, **options), inputs, dy)
+    assert results.y.dtype == results.dx.dtype == x.dtype
+    assert weight is None or results.dweight.dtype == weight.dtype
+    assert_within_budget(results, expected(inputs, dy, spec_of(x, normalized_shape, **options)))
 
 
 @pytest.mark.parametrize("n", COLUMNS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 def test_columns(dtype, n, device):
     m = 199 if n <= 4096 else 19
     check(draw((m, n), dtype, device), draw((n,), dtype, device), (n,))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 def test_one_row(dtype, device):
     check(draw((768,), dtype, device), draw((768,), dtype, device), (768,))
 
 
 @pytest.mark.parametrize("n", [1000, max(BLOCKED)])
-@pytest.mark.parametrize(("dtype", "weight_dtype"), list(itertools.permutations(DTYPES, 2)), ids=name_of)
+@pytest.mark.parametrize(("dtype", "weight_dtype"), list(itertools.permutations(DTYPES, 2)), ids=id_of)
 def test_mixed_dtypes(dtype, weight_dtype, n, device):
     check(draw((9, n), dtype, device), draw((n,), weight_dtype, device), (n,))
 
 
 @pytest.mark.parametrize("n", [64, 4096, max(BLOCKED)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 def test_no_weight(dtype, n, device):
     check(draw((9, n), dtype, device), None, (n,))
 
@@ -70,7 +65,7 @@ def test_normalized_shape(shape, ndim, device):
 
 @pytest.mark.parametrize(("rows", "n"), [(5000, 64), (70, 4096)])
 def test_many_tiles(rows, n, device):
-    """More tiles than programs: dw is accumulated over tiles and summed over programs."""
+    """More tiles than programs: dweight is accumulated over tiles and summed over programs."""
     check(draw((rows, n), torch.float32, device), draw((n,), torch.float32, device), (n,))
 
 
@@ -81,7 +76,7 @@ def test_eps(eps, device):
 
 
 @pytest.mark.parametrize("eps", [None, 1e-6])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 def test_precision_of_eps(dtype, eps, device):
     """Rows whose mean square is about eps show which eps it is: that of the arithmetic, not of the dtype, with all its digits."""
     scale = eps or torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -95,7 +90,7 @@ def test_groups(n, group_size, device):
 
 
 @pytest.mark.parametrize("n", [1000, max(BLOCKED)])
-@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64)], ids=name_of)
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64)], ids=id_of)
 def test_weight_offset(dtype, weight_dtype, n, device):
     check(draw((9, n), dtype, device), draw((n,), weight_dtype, device), (n,), weight_offset=1.0)
 
@@ -114,29 +109,30 @@ ROUNDINGS = [
 
 
 @pytest.mark.parametrize("n", [768, max(BLOCKED)])
-@pytest.mark.parametrize(("dtype", "weight_dtype", "x_hat_dtype", "rstd_dtype"), ROUNDINGS, ids=name_of)
+@pytest.mark.parametrize(("dtype", "weight_dtype", "x_hat_dtype", "rstd_dtype"), ROUNDINGS, ids=id_of)
 def test_roundings(dtype, weight_dtype, x_hat_dtype, rstd_dtype, n, device, launches):
     """Given rstd, y is bit for bit what torch makes of the same steps; the gradients take x_hat as it was rounded."""
     x, weight = draw((9, n), dtype, device), None if weight_dtype is None else draw((n,), weight_dtype, device)
     spec = spec_of(x, (n,), x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
+    dy = draw(x.shape, spec.output_dtype(x, weight), device)
+    results = run(ours(spec), Inputs(x, weight), dy)
 
-    def function(x, weight):
-        return rms_norm(x, (n,), weight, x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
-
-    y = function(x.requires_grad_(), weight).detach()
     rstd = launches[0].pointers["RSTD"]
-    x_hat = x.detach().to(rstd.dtype) * (rstd if rstd_dtype is None else rstd.to(rstd_dtype).to(rstd.dtype))
+    x_hat = x.to(rstd.dtype) * (rstd if rstd_dtype is None else rstd.to(rstd_dtype).to(rstd.dtype))
     if x_hat_dtype is not None:
         x_hat = x_hat.to(x_hat_dtype)
     product = x_hat if weight is None else x_hat * weight.to(torch.promote_types(weight.dtype, x_hat.dtype))
-    torch.testing.assert_close(y, product.to(y.dtype), rtol=0, atol=0)
-    assert y.dtype == (dtype if x_hat_dtype is None else product.dtype)
+    torch.testing.assert_close(results.y, product.to(results.y.dtype), rtol=0, atol=0)
+    assert results.y.dtype == (dtype if x_hat_dtype is None else product.dtype)
 
-    dy = draw(y.shape, y.dtype, device)
-    truth = exact_given(longdouble(x_hat), longdouble(rstd), weight, dy, spec)._replace(y=None)
-    composed = reference.backward(dy.to(rstd.dtype), x.detach().to(rstd.dtype), weight, rstd, spec)
-    ours = results_of(function, x, weight, dy)._replace(y=None)
-    assert_within_budget(ours, truth, [Results(None, composed.dx, composed.dw)])
+    exact_dy, exact_x_hat = longdouble(dy), longdouble(x_hat)
+    wdy = exact_dy if weight is None else exact_dy * longdouble(weight)
+    dx = (wdy - (exact_x_hat * wdy).mean(-1, keepdims=True) * exact_x_hat) * longdouble(rstd)
+    truth = {"y": expect(longdouble(results.y), x), "dx": expect(dx, x)}
+    if weight is not None:
+        truth["dweight"] = expect((exact_dy * exact_x_hat).sum(0), weight)
+    composed = reference.backward(BackwardInputs(dy.to(rstd.dtype), None, x.to(rstd.dtype), weight, None, rstd), spec)
+    assert_within_budget(results, allow(truth, [Results(results.y, None, *composed)]))
 
 
 @pytest.mark.parametrize("n", [1000, max(BLOCKED)])
@@ -146,8 +142,7 @@ def test_needs_grad(needs_dx, needs_dw, has_weight, n, device, launches):
     """What needs no gradient gets none and costs nothing, and the other gradient does not change."""
     x, weight = draw((9, n), torch.float32, device), draw((n,), torch.float32, device) if has_weight else None
     dy = draw(x.shape, x.dtype, device)
-    everything = results_of(lambda x, weight: rms_norm(x, (n,), weight), x, weight, dy)
-    launches.clear()
+    everything = run(lambda x, weight, *_: rms_norm(x, (n,), weight), Inputs(x, weight), dy)
 
     x.requires_grad_(needs_dx)
     needs_dw = needs_dw and has_weight
@@ -160,25 +155,24 @@ def test_needs_grad(needs_dx, needs_dw, has_weight, n, device, launches):
     if y.requires_grad:
         y.backward(dy)
     assert x.grad is None if not needs_dx else torch.equal(x.grad, everything.dx)
-    assert not has_weight or (weight.grad is None if not needs_dw else torch.equal(weight.grad, everything.dw))
+    assert not has_weight or (weight.grad is None if not needs_dw else torch.equal(weight.grad, everything.dweight))
 
-    kernels = [recorded.kernel for recorded in launches]
-    c1 = ["_rms_norm_bwd_c1_kernel"] * (needs_dx and n in BLOCKED and launch.INTERPRETED)
-    main = ["_rms_norm_bwd_kernel"] * (needs_dx or needs_dw)
-    assert [k for k in kernels if launch.INTERPRETED or "c1" not in k] == c1 + main + ["_sum_partials_kernel"] * needs_dw
+    c1 = ["c1"] * (needs_dx and n in BLOCKED and launch.INTERPRETED)
+    steps = c1 + ["backward"] * (needs_dx or needs_dw) + ["sum_partials"] * needs_dw
+    assert [recorded.step for recorded in launches if launch.INTERPRETED or recorded.step != "c1"] == steps
     for recorded in launches:
-        if recorded.kernel == "_rms_norm_bwd_kernel":
+        if recorded.step == "backward":
             assert (recorded.pointers["DX"] is not None) == needs_dx
             assert (recorded.pointers["DW_PARTIAL"] is not None) == needs_dw
 
 
 DEVICES = {
-    "sm_80": tuning.SM_80,
-    "sm_90": tuning.SM_90,
-    "sm_90_without_clusters": replace(tuning.SM_90, max_ctas=1),
-    "sm_100": tuning.SM_100,
-    "gfx942": tuning.GFX942,
-    "three_programs": replace(tuning.SM_90, num_sms=3),  # so that each walks over many tiles
+    "sm_80": config.SM_80,
+    "sm_90": config.SM_90,
+    "sm_90_without_clusters": replace(config.SM_90, max_ctas=1),
+    "sm_100": config.SM_100,
+    "gfx942": config.GFX942,
+    "three_programs": replace(config.SM_90, num_sms=3),  # so that each walks over many tiles
 }
 
 
@@ -189,20 +183,20 @@ def test_configurations_of_devices(stand_in, m, n, device, run_as):
     check(draw((m, n), torch.bfloat16, device), draw((n,), torch.float32, device), (n,))
 
 
-@pytest.mark.parametrize("stand_in", [tuning.SM_80, tuning.GFX942], ids=lambda stand_in: stand_in.name)
+@pytest.mark.parametrize("stand_in", [config.SM_80, config.GFX942], ids=lambda stand_in: stand_in.name)
 def test_blocks_of_devices(stand_in, device, run_as):
-    """A row walked in blocks both ways, dw spread over grid axis 2."""
+    """A row walked in blocks both ways, dweight spread over grid axis 2."""
     run_as(stand_in)
     n = 33000
-    assert max(choose(n, 4, 4, stand_in).block_n for choose in (tuning.forward_config, tuning.backward_config)) < n
+    assert max(choose(n, 4, 4, stand_in).block_n for choose in (config.forward_config, config.backward_config)) < n
     check(draw((3, n), torch.float32, device), draw((n,), torch.float32, device), (n,))
 
 
 def test_many_partial_dw(device, run_as):
     """More of them than one tile of the kernel that sums them."""
-    run_as(tuning.SM_80)
+    run_as(config.SM_80)
     m, n = 70, 8200
-    assert tuning.reduction_config(n, tuning.SM_80).block_m < m <= tuning.backward_config(n, 4, 4, tuning.SM_80).programs
+    assert config.reduction_config(n, config.SM_80).block_m < m <= config.backward_config(n, 4, 4, config.SM_80).programs
     check(draw((m, n), torch.float32, device), draw((n,), torch.float32, device), (n,))
 
 
@@ -213,36 +207,36 @@ def test_long_rows_of_devices(stand_in, device, run_as):
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0), (0, 0), (2, 0, 5), (2, 3, 0, 5)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=id_of)
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_nothing(shape, dtype, ndim, device, launches):
-    """No rows or no columns: the same shapes and dtypes as torch, zeros for dw, and no launch."""
-    x, dy = draw(shape, dtype, device), draw(shape, dtype, device)
-    weight = draw(shape[-ndim:], dtype, device)
-    ours = results_of(lambda x, weight: rms_norm(x, shape[-ndim:], weight), x, weight, dy)
-    theirs = results_of(lambda x, weight: F.rms_norm(x, shape[-ndim:], weight), x, weight, dy)
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their, rtol=0, atol=0)
-    assert torch.equal(ours.dw, torch.zeros_like(weight))
+    """No rows or no columns: the same shapes and dtypes as torch, zeros for dweight, and no launch."""
+    inputs, dy = Inputs(draw(shape, dtype, device), draw(shape[-ndim:], dtype, device)), draw(shape, dtype, device)
+    results, theirs = (run(lambda x, w, *_, f=f: f(x, shape[-ndim:], w), inputs, dy) for f in (rms_norm, F.rms_norm))
+    for name, result in theirs.present.items():
+        torch.testing.assert_close(results.present[name], result, rtol=0, atol=0)
+    assert torch.equal(results.dweight, torch.zeros_like(inputs.weight))
     assert not launches
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("n", [127, max(BLOCKED)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=id_of)
 def test_extreme_rows(dtype, n, device):
     """Rows with inf, NaN, zeros, and squares that overflow or vanish: as in torch, and without effect on other rows."""
     x, dy = draw((7, n), dtype, device), draw((7, n), dtype, device)
-    plain = results_of(lambda x, _: rms_norm(x, (n,)), x, None, dy)
+
+    def results_of(norm) -> Results:
+        return run(lambda x, *_: norm(x, (n,)), Inputs(x), dy)
+
+    plain = results_of(rms_norm)
     x[0, 3], x[1, 5], x[2] = torch.inf, torch.nan, 0
     x[3] *= 1e30
     x[4] *= 1e-30
-    ours = results_of(lambda x, _: rms_norm(x, (n,)), x, None, dy)
-    theirs = results_of(lambda x, _: F.rms_norm(x, (n,)), x, None, dy)
-    for our, their, before in ((ours.y, theirs.y, plain.y), (ours.dx, theirs.dx, plain.dx)):
+    results, theirs = results_of(rms_norm), results_of(F.rms_norm)
+    for our, their, before in ((results.y, theirs.y, plain.y), (results.dx, theirs.dx, plain.dx)):
         assert torch.equal(our.isnan(), their.isnan()) and torch.equal(our.isinf(), their.isinf())
         assert torch.equal(our[5:], before[5:])
-    assert torch.equal(ours.y[[2, 3]], torch.zeros_like(x[[2, 3]]))
-    spec, finite = spec_of(x, (n,)), [2, 4, 5, 6]
-    ours = Results(ours.y[finite], ours.dx[finite], None)
-    assert_within_budget(ours, exact(x[finite], None, dy[finite], spec), torchs(x[finite], None, dy[finite], spec))
+    assert torch.equal(results.y[[2, 3]], torch.zeros_like(x[[2, 3]]))
+    finite = [2, 4, 5, 6]
+    assert_within_budget(Results(results.y[finite], dx=results.dx[finite]), expected(Inputs(x[finite]), dy[finite], spec_of(x, (n,))))

@@ -12,7 +12,6 @@ from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, v
 from variants import VARIANTS, N, scalar
 
 from triton_rmsnorm import RMSNorm, rms_norm
-from triton_rmsnorm.runtime import config as tuning
 from triton_rmsnorm.runtime import launch
 
 LINES = (Path(__file__).parent.parent / "docs" / "transformations.md").read_text().splitlines()
@@ -78,8 +77,7 @@ def dtensor(x: Tensor, weight: Tensor) -> None:
 
 
 def without_triton(x: Tensor, weight: Tensor) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "runs_on", lambda _: False)
+    with launch.pretend(None):
         backward(norm, x, weight)
 
 
@@ -99,8 +97,8 @@ SCENARIOS: dict[str, tuple[Callable[[Tensor, Tensor], object], ...]] = {
     "`torch.func.grad` of `grad`": (grad_of_grad,),
     "`torch.func.vmap` over input, residual or gate": (
         vmap(norm, (0, None)),
-        lambda x, w: vmap(VARIANTS["add"].ours, (0, None, 0))(x, w, x),
-        lambda x, w: vmap(VARIANTS["gate_after"].ours, (None, None, 0))(x[0], w, x),
+        lambda x, w: vmap(VARIANTS["residual"].ours, (0, None, 0))(x, w, x),
+        lambda x, w: vmap(VARIANTS["gate"].ours, (None, None, 0))(x[0], w, x),
     ),
     "`vmap(grad)`, `jacrev`": (vmap(grad(loss, (0, 1)), (0, None)), jacrev(loss, (0, 1))),
     "`vmap` over the weight, or over both": (
@@ -133,17 +131,15 @@ def test_every_row_is_tried():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("row", "scenario"), [(row, f) for row, some in SCENARIOS.items() for f in some])
-def test_row(row, scenario, device, launches, monkeypatch):
-    if launch.INTERPRETED:
-        monkeypatch.setattr(launch, "device_of", lambda _: tuning.SM_80)  # small tiles
-    tensors = VARIANTS["rms_norm"].draw((3, 2, N), torch.float32, device)
+def test_row(row, scenario, device, launches, small_tiles):
+    tensors = VARIANTS["plain"].draw((3, 2, N), torch.float32, device)
     with torch.autograd.profiler.profile() as profile:
         scenario(*tensors)
     operators = {event.name for event in profile.function_events}
-    kernels = {recorded.kernel for recorded in launches}
+    steps = {recorded.step for recorded in launches}
     rest = {"torch's own"} if "aten::rms_norm" in operators else {"composed"} if "aten::rsqrt" in operators else set()
-    forward = {"kernels"} if "_rms_norm_fwd_kernel" in kernels else rest
-    backward = {"kernels"} if "_rms_norm_bwd_kernel" in kernels else set()
+    forward = {"kernels"} if "forward" in steps else rest
+    backward = {"kernels"} if "backward" in steps else set()
     if forward == {"kernels"} or not backward:
         backward |= rest  # what is composed has composed derivatives
     assert [forward, backward] == [{way for way in WAYS if way in cell} for cell in ROWS[row]]

@@ -1,14 +1,16 @@
-"""The public functions with their knobs as functions of tensors alone, each with the same made of torch's own operations."""
+"""The public functions with their options as functions of tensors alone, each with the same made of torch's own operations."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from conftest import draw
 from torch import Tensor
 from torch.nn import functional as F
 
 from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.runtime import config
+from triton_rmsnorm.testing import draw
 
 
 class Variant(NamedTuple):
@@ -24,7 +26,7 @@ class Variant(NamedTuple):
     def draw(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         return [draw(shape[-self.ndim :] if name == "weight" else shape, dtype, device) for name in self.arguments]
 
-    def per_argument(self, of_rows, of_weight) -> tuple:
+    def per_argument(self, of_rows: Any, of_weight: Any) -> tuple:
         """One value for the tensors of rows, another for the weight: the in_dims of a vmap, for example."""
         return tuple(of_weight if name == "weight" else of_rows for name in self.arguments)
 
@@ -32,37 +34,66 @@ class Variant(NamedTuple):
 N = 6
 
 VARIANTS = {
-    "rms_norm": Variant(lambda x, w: rms_norm(x, (N,), w), lambda x, w: F.rms_norm(x, (N,), w)),
+    "plain": Variant(lambda x, w: rms_norm(x, (N,), w), lambda x, w: F.rms_norm(x, (N,), w)),
     "no_weight": Variant(lambda x: rms_norm(x, (N,)), lambda x: F.rms_norm(x, (N,)), ("x",)),
     "two_dims": Variant(lambda x, w: rms_norm(x, (3, N), w), lambda x, w: F.rms_norm(x, (3, N), w), ndim=2),
     "groups_and_offset": Variant(
         lambda x, w: rms_norm(x, (N,), w, 1e-3, group_size=2, weight_offset=1.0),
         lambda x, w: F.rms_norm(x.unflatten(-1, (3, 2)), (2,), eps=1e-3).flatten(-2) * (1 + w),
     ),
-    "add": Variant(
+    "residual": Variant(
         lambda x, w, r: add_rms_norm(x, r, (N,), w), lambda x, w, r: (F.rms_norm(x + r, (N,), w), x + r), ("x", "weight", "residual")
     ),
-    "gate_after": Variant(
+    "gate": Variant(
         lambda x, w, z: rms_norm_gated(x, z, (N,), w, activation="sigmoid"),
         lambda x, w, z: F.rms_norm(x, (N,), w) * z.sigmoid(),
         ("x", "weight", "gate"),
     ),
-    "gate_before": Variant(
+    "gate_first": Variant(
         lambda x, w, z: rms_norm_gated(x, z, (N,), w, activation="gelu_tanh", norm_before_gate=False),
         lambda x, w, z: F.rms_norm(x * F.gelu(z, approximate="tanh"), (N,), w),
         ("x", "weight", "gate"),
     ),
 }
 # One for each of the three functions.
-FUNCTIONS = {name: VARIANTS[name] for name in ("rms_norm", "add", "gate_after")}
+FUNCTIONS = {name: VARIANTS[name] for name in ("plain", "residual", "gate")}
+
+
+def ours(spec: Spec) -> Callable[..., Any]:
+    """The public function that computes `spec`, as norm(x, weight, residual, gate)."""
+    options = spec._asdict()
+    shape, eps, gate_options = options.pop("normalized_shape"), options.pop("eps"), ("activation", "norm_before_gate")
+    of_gate = {name: options.pop(name) for name in gate_options}
+
+    def norm(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, gate: Tensor | None = None) -> Any:
+        if residual is not None:
+            return add_rms_norm(x, residual, shape, weight, eps, **options)
+        if gate is not None:
+            return rms_norm_gated(x, gate, shape, weight, eps, **of_gate, **options)
+        return rms_norm(x, shape, weight, eps, **options)
+
+    return norm
 
 
 def scalar(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor]:
-    """A scalar of all outputs, each element with a weight of its own."""
+    """A scalar of all outputs, each element with its own weight."""
 
-    def total(*arguments):
+    def total(*arguments: Tensor) -> Tensor:
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return sum((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).cos()).sum() for y in outputs)
 
     return total
+
+
+def id_of(value: object) -> str | None:
+    """A dtype without its module, for the names of tests."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def _walked_in_blocks(choose: Callable[..., config.Config]) -> int:
+    """The first N of which the interpreter's kernel walks a row in blocks."""
+    return next(2**k + 1 for k in range(20) if choose(2**k + 1, 4, 4, config.INTERPRETER).block_n <= 2**k)
+
+
+BLOCKED = {_walked_in_blocks(config.forward_config), _walked_in_blocks(config.backward_config)}

@@ -44,7 +44,7 @@ def main() -> int:
         return 1
 
     print("\nConfigurations for bfloat16, chosen by the row length N:\n")
-    here = launch.device_of(torch.empty(0, device=device))
+    here = launch.device_of(device)
     print(configurations(here))
     if launch.INTERPRETED:
         print("\nand on an sm_90 GPU with Triton 3.9 or newer:\n")
@@ -124,7 +124,7 @@ def results(rms_norm: Callable, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[
 
 
 def _reference(x: Tensor, normalized_shape: torch.Size, weight: Tensor, eps: float) -> Tensor:
-    return reference.forward(x, weight, reference.Spec(normalized_shape, eps))[0]
+    return reference.forward(reference.Inputs(x, weight), reference.Spec(normalized_shape, eps)).y
 
 
 def _part_of_budget(ours: Tensor, exact: Tensor, *others: Tensor) -> float:

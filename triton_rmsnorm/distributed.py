@@ -13,7 +13,7 @@ def register() -> None:
 
 @cache
 def _register() -> None:
-    """Teaches DTensor both operators: rows may be sharded over any outer dimension, without a collective; dw is then a partial sum."""
+    """Teaches DTensor both operators: rows may be sharded over any outer dimension, without a collective; dweight is then a partial sum."""
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
@@ -36,11 +36,11 @@ def _register() -> None:
 
     @register_sharding(torch.ops.triton_rmsnorm.backward.default)
     def backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, needs, normalized_shape, *rest):
-        needs_dx, needs_dresidual, needs_dgate, needs_dw = needs
+        needs_dx, needs_dweight, needs_dresidual, needs_dgate = needs
         placements = []
         for rows in sharded(x, normalized_shape):
-            dw = Partial() if isinstance(rows, Shard) and needs_dw else Replicate()
-            outputs = [rows if needed else Replicate() for needed in (needs_dx, needs_dresidual, needs_dgate)] + [dw]
+            dx, dresidual, dgate = (rows if needed else Replicate() for needed in (needs_dx, needs_dresidual, needs_dgate))
+            dweight = Partial() if isinstance(rows, Shard) and needs_dweight else Replicate()
             inputs = [rows, where(dresidual_out, rows), rows, where(weight, Replicate()), where(gate, rows), rows]
-            placements.append((outputs, [*inputs, None, None, None, *(None for _ in rest)]))
+            placements.append(([dx, dweight, dresidual, dgate], [*inputs, None, None, None, *(None for _ in rest)]))
         return placements

@@ -14,8 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from triton_rmsnorm import reference
 from triton_rmsnorm.ops import normalize
-from triton_rmsnorm.reference import Spec
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.reference import Inputs, Spec
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,9 +74,12 @@ def rms_norm(
             rstd_dtype=rstd_dtype,
         )
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
-    if input.is_complex() or (_torch_alone(input) and spec == Spec(spec.normalized_shape, spec.eps)):
+    if input.is_complex():
         return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
-    return _channels_last(input, _normalize(*_autocast(input, weight), spec)[0])
+    if _AUTOCAST and torch.is_autocast_enabled("cuda"):
+        input, weight = _autocast(input, weight)
+    y = normalize(Inputs(input, weight), spec).y
+    return _channels_last(input, y) if input.dim() in (4, 5) else y
 
 
 if hasattr(torch.jit, "_builtins"):  # TorchScript is deprecated
@@ -139,7 +141,8 @@ def add_rms_norm(
         )
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
     _check_beside("residual", residual, input)
-    return _normalize(input, weight, spec, residual=residual)
+    y, _, residual_out = normalize(Inputs(input, weight, residual), spec)
+    return y, residual_out
 
 
 def rms_norm_gated(
@@ -206,29 +209,12 @@ def rms_norm_gated(
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
     _check_beside("gate", gate, input)
-    return _normalize(input, weight, spec._replace(activation=activation, norm_before_gate=norm_before_gate), gate=gate)[0]
-
-
-def _normalize(
-    input: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """y and x + residual: by the kernels, or where they cannot run, composed of torch's operations."""
-    if _torch_alone(input):
-        y, _, residual_out = reference.forward(input, weight, spec, residual, gate)
-        return y, residual_out
-    return normalize(input, weight, spec, residual, gate)
-
-
-def _torch_alone(input: Tensor) -> bool:
-    """Whether torch has to compute this without us: on other devices, and while torch.jit traces."""
-    return not launch.runs_on(input.device) or torch._C._get_tracing_state() is not None
+    return normalize(Inputs(input, weight, None, gate), spec._replace(activation=activation, norm_before_gate=norm_before_gate)).y
 
 
 def _channels_last(input: Tensor, output: Tensor) -> Tensor:
     """The output in the memory format of the input, which is what torch keeps of its layout."""
-    if input.dim() in (4, 5) and input.stride(1) == 1:
-        return output.contiguous(memory_format=suggest_memory_format(input))
-    return output
+    return output.contiguous(memory_format=suggest_memory_format(input)) if input.stride(1) == 1 else output
 
 
 def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=False) -> Spec:
@@ -330,6 +316,7 @@ _AUTOCAST = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "Au
 
 def _autocast(input: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Casts as the running torch does before its own operator; fp64 is exempt."""
-    if not (_AUTOCAST and input.is_cuda and torch.is_autocast_enabled("cuda")):
+    if not input.is_cuda:
         return input, weight
-    return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in (input, weight))
+    half = (torch.float16, torch.bfloat16)
+    return input.float() if input.dtype in half else input, weight.float() if weight is not None and weight.dtype in half else weight

@@ -11,7 +11,7 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:19
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class HasDtype(Protocol):
 
 
 class Spec(NamedTuple):
-    """What is computed: all that is not a tensor. A tuple, so that it also serves as the trailing arguments of an operator."""
+    """What is computed: everything that is not a tensor. Its fields are also the trailing arguments of the operators."""
 
     normalized_shape: tuple[int, ...]
     eps: float
@@ -53,7 +53,7 @@ class Spec(NamedTuple):
         return prod(self.normalized_shape) // self.columns if self.columns else 1
 
     def rstd_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """Shape of rstd for an input of `shape`: one value a row and group, with as many dimensions as the input."""
+        """Shape of rstd for an input of `shape`: one value per row and group, with as many dimensions as the input."""
         ndim = len(self.normalized_shape)
         return (*shape[:-ndim], *(1,) * (ndim - 1), self.groups)
 
@@ -64,9 +64,55 @@ class Spec(NamedTuple):
         return torch.promote_types(self.x_hat_dtype, weight.dtype)
 
     def output_dtype(self, x: HasDtype, weight: HasDtype | None) -> torch.dtype:
-        """The input's dtype, unless the product is the last step and has a dtype of its own."""
+        """The input's dtype, unless the product of weight and x_hat is the last step and is rounded to another dtype."""
         gate_last = self.activation is not None and self.norm_before_gate
         return x.dtype if gate_last else self.product_dtype(weight) or x.dtype
+
+
+class Inputs(NamedTuple):
+    """What a norm reads: x, the weight, and at most one of residual and gate."""
+
+    x: Tensor
+    weight: Tensor | None = None
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """What a norm returns: y, rstd [spec.rstd_shape] where it is wanted, and x + residual where there is a residual."""
+
+    y: Tensor
+    rstd: Tensor | None
+    residual_out: Tensor | None
+
+
+class BackwardInputs(NamedTuple):
+    """What a backward reads: the gradients of y and residual_out, and what the forward saved of its inputs and outputs."""
+
+    dy: Tensor
+    dresidual_out: Tensor | None
+    x: Tensor  # what was normalized: residual_out where there was a residual
+    weight: Tensor | None
+    gate: Tensor | None
+    rstd: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed; the others are not computed."""
+
+    dx: bool = True
+    dweight: bool = True
+    dresidual: bool = False  # separately from dx: not where dx has its dtype and serves for both
+    dgate: bool = False
+
+
+class Gradients(NamedTuple):
+    """What a backward returns, in the order of Inputs; None where it is not needed."""
+
+    dx: Tensor | None
+    dweight: Tensor | None
+    dresidual: Tensor | None
+    dgate: Tensor | None
 
 
 def accumulation_dtype(*tensors: HasDtype | None) -> torch.dtype:
@@ -74,18 +120,16 @@ def accumulation_dtype(*tensors: HasDtype | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, spec: Spec, residual: Tensor | None = None, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, rstd [spec.rstd_shape] and x + residual (or None), made of differentiable operations in this very order of roundings.
+def forward(inputs: Inputs, spec: Spec) -> Outputs:
+    """y, rstd and x + residual, composed of differentiable operations in exactly this order of roundings.
 
     Args:
-        x: input, any floating dtype, shape (*, *normalized_shape).
-        weight: gamma, any floating dtype, shape normalized_shape, or None.
-        spec: everything that is no tensor.
-        residual: added to x before the norm, in its own dtype; shape of x, or None.
-        gate: its activation multiplies the input of the norm or its output; shape of x, or None.
+        inputs: x, any floating dtype, shape (*, *normalized_shape); weight, any floating dtype, shape normalized_shape, or None;
+            residual, added to x before the norm, in its own dtype, shape of x, or None; gate, whose activation multiplies the input of
+            the norm or its output, shape of x, or None.
+        spec: everything that is not a tensor.
     """
+    x, weight, residual, gate = inputs
     acc = accumulation_dtype(x, residual, gate)
     u = x.to(acc)
     residual_out = None
@@ -101,71 +145,51 @@ def forward(
         y = y * _weight(weight, y, spec)
     if gate is not None and spec.norm_before_gate:
         y = _round(y, spec.product_dtype(weight)) * _activate(gate.to(acc), spec)
-    return y.to(spec.output_dtype(x, weight)), rstd.reshape(spec.rstd_shape(x.shape)), residual_out
+    return Outputs(y.to(spec.output_dtype(x, weight)), rstd.reshape(spec.rstd_shape(x.shape)), residual_out)
 
 
-class Gradients(NamedTuple):
-    """What a backward returns; None where it is not needed."""
-
-    dx: Tensor | None
-    dresidual: Tensor | None
-    dgate: Tensor | None
-    dw: Tensor | None
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    spec: Spec,
-    gate: Tensor | None = None,
-    dresidual_out: Tensor | None = None,
-    x_dtype: torch.dtype | None = None,
-) -> Gradients:
-    """All gradients in closed form, from x (x + residual, where there was one) and rstd: with wdy = w · dy and c1 = mean(x_hat · wdy),
+def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = None) -> Gradients:
+    """All gradients in closed form, from what was normalized and rstd: with wdy = w · dy and c1 = mean(x_hat · wdy),
 
         du = (wdy - c1 · x_hat) · rstd        dw = sum over rows of dy · x_hat
 
     where u is x, or x · g with g = activation(gate), in which case dx = du · g and dg = du · x. If g multiplies the output instead,
-    dy · g takes the place of dy, and dg = dy · w · x_hat. The gradient that arrives at x + residual is added to du, which then is dx and
-    dresidual alike. Roundings of x_hat and rstd count as the identity, which is what autograd takes a cast for.
+    dy · g takes the place of dy, and dg = dy · w · x_hat. The gradient that arrives at x + residual is added to du, which then is both
+    dx and dresidual. Roundings of x_hat and rstd count as the identity, as autograd treats a cast.
 
     Args:
-        dy, dresidual_out: gradients of y and of x + residual.
-        x_dtype: dtype of dx where it is not that of x, because x is x + residual here.
+        given: gradients of the outputs, and what the forward saved.
+        spec: everything that is not a tensor.
+        x_dtype: dtype of dx; None: that of given.x. They differ where given.x is x + residual in the dtype of the residual.
     """
+    dy, dresidual_out, x, weight, gate, rstd = given
     acc = accumulation_dtype(x, gate)
-    x_acc, dy = x.to(acc), dy.to(acc)
+    x_acc, dproduct = x.to(acc), dy.to(acc)  # dproduct: the gradient of w · x_hat
     rstd = rstd.to(acc).reshape(*x.shape[: -len(spec.normalized_shape)], spec.groups, 1)
-    u, g, dgate = x_acc, None, None
-    g_slope: Any = None  # a tensor where g is
+    u, dgate = x_acc, None
     if gate is not None:
-        g, g_slope = _activation_and_slope(gate.to(acc), spec)
-    if g is not None and not spec.norm_before_gate:
-        u = x_acc * g
+        g, slope = _activation_and_slope(gate.to(acc), spec)
+        if not spec.norm_before_gate:
+            u = x_acc * g
     x_hat = _x_hat(_grouped(u, spec), rstd, spec).reshape(x.shape)
     w = None if weight is None else _weight(weight, x_hat, spec)
-    if g is not None and spec.norm_before_gate:
-        dgate = dy * _round(x_hat if w is None else x_hat * w, spec.product_dtype(weight)) * g_slope
-        dy = dy * g
-    dw = None if weight is None else (dy * x_hat).reshape(-1, *weight.shape).sum(0, dtype=accumulation_dtype(x_hat, weight))
-    wdy = _grouped(dy if w is None else dy * w, spec)
+    if gate is not None and spec.norm_before_gate:
+        dgate = (dproduct * _round(x_hat if w is None else x_hat * w, spec.product_dtype(weight)) * slope).to(gate.dtype)
+        dproduct = dproduct * g
+    dweight = None
+    if weight is not None:
+        dweight = (dproduct * x_hat).reshape(-1, *weight.shape).sum(0, dtype=accumulation_dtype(x_hat, weight)).to(weight.dtype)
+    wdy = _grouped(dproduct if w is None else dproduct * w, spec)
     c1 = (_grouped(x_hat, spec) * wdy).mean(-1, keepdim=True)
     du = ((wdy - c1 * _grouped(x_hat, spec)) * rstd).reshape(x.shape)
     dresidual = None
     if dresidual_out is not None:
         du = du + dresidual_out.to(acc)
         dresidual = du.to(x.dtype)
-    if g is not None and not spec.norm_before_gate:
-        dgate = du * x_acc * g_slope
+    if gate is not None and not spec.norm_before_gate:
+        dgate = (du * x_acc * slope).to(gate.dtype)
         du = du * g
-    return Gradients(
-        du.to(x_dtype or x.dtype),
-        dresidual,
-        None if gate is None or dgate is None else dgate.to(gate.dtype),
-        None if weight is None or dw is None else dw.to(weight.dtype),
-    )
+    return Gradients(du.to(x_dtype or x.dtype), dweight, dresidual, dgate)
 
 
 def _grouped(x: Tensor, spec: Spec) -> Tensor:

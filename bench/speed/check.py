@@ -56,7 +56,7 @@ class Expected(NamedTuple):
 
 def expect(problem: Problem, data: Data) -> Expected:
     def norm(x, weight, residual, gate):
-        y, _, residual_out = reference.forward(x, weight, problem.spec, residual, gate)
+        y, _, residual_out = reference.forward(reference.Inputs(x, weight, residual, gate), problem.spec)
         return y if residual_out is None else (y, residual_out)
 
     def results(data: Data) -> list[Tensor]:
@@ -79,7 +79,7 @@ def _row_by_row(problem: Problem, data: Data) -> Tensor:
     with torch.no_grad():
         spec = problem.spec
         residual, gate = (None if tensor is None else tensor.to(acc) for tensor in (data.residual, data.gate))
-        products = data.dy.to(acc) * reference.forward(data.x.to(acc), None, spec, residual, gate)[0]
+        products = data.dy.to(acc) * reference.forward(reference.Inputs(data.x.to(acc), None, residual, gate), spec).y
     rows = products.reshape(-1, problem.n)
     total = None
     for step in rows.split(max(1, len(rows) // 512)):

@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +25,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton_rmsnorm.runtime import config as tuning
 from triton_rmsnorm.runtime import launch
 
-DEVICE = replace(tuning.SM_90, max_ctas=16 if launch._CLUSTERS else 1)
+DEVICE = launch.as_compiled(tuning.SM_90)
 
 # The calls whose answer Triton looks at; all others only return CUDA_SUCCESS.
 _ANSWERS = {
@@ -78,8 +77,7 @@ def stubbed() -> Iterator[Stub]:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder),
-        mock.patch.object(launch, "runs_on", lambda device: True),
-        mock.patch.object(launch, "device_of", lambda x: DEVICE),
+        launch.pretend(DEVICE),
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
         mock.patch.object(torch._C, "_cuda_getDevice", lambda: -1, create=True),  # which is what a CPU tensor says
     ):

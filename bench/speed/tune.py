@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from statistics import geometric_mean
 
-import torch
 from tqdm import tqdm
 
 from bench import records
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="search for all anew")
     parser.add_argument("--output", type=Path, help="another file than the shipped table")
     options = parser.parse_args(arguments)
-    device = launch.device_of(torch.empty(0, device=records.gpu()))
+    device = launch.device_of(records.gpu())
     deadline = time.monotonic() + 60 * options.minutes
 
     path = options.output or measured.SHIPPED / measured.file_name(device)

@@ -69,7 +69,7 @@ def evaluate(
     dtype = None if weight is None else weight.dtype
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     spec = reference.Spec(tuple(x.shape[-dims:]), eps, **semantics.knobs(x.dtype, dtype))
-    return reference.forward(x, semantics.factor(weight), spec, gate=gate)[0]
+    return reference.forward(reference.Inputs(x, semantics.factor(weight), gate=gate), spec).y
 
 
 def _closed_list() -> tuple[Semantics, ...]:

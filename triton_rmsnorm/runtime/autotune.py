@@ -27,12 +27,13 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from triton_rmsnorm._version import __version__
-from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.reference import Needs, Spec
 from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime import launch, plan
 from triton_rmsnorm.runtime import table as measured
 from triton_rmsnorm.runtime.config import Config, Device
-from triton_rmsnorm.runtime.launch import Launch, Needs
+from triton_rmsnorm.runtime.launch import Launch
+from triton_rmsnorm.runtime.layout import Layout, key_of
 from triton_rmsnorm.runtime.table import Key, Measured, runs
 
 ELEMENTS = 1 << 26  # of each tensor of rows: well past any L2
@@ -137,7 +138,7 @@ class _Trial:
         residual = (key.loads, key.stores) == ((2, 2) if self.forward else (3, 1))
         gate = key.loads == (2 if self.forward else 3) and not residual
         self.spec = Spec((key.n,), 1e-6, activation="silu" if gate else None)
-        self.needs = Needs(dgate=gate and key.stores > 1, dw=weight_dtype is not None)
+        self.needs = Needs(dweight=weight_dtype is not None, dgate=gate and key.stores > 1)
         self.accumulator = torch.promote_types(torch.promote_types(dtype, weight_dtype or dtype), torch.float32)
         self.expected: list[Tensor] = []
         self.spills = 0
@@ -174,23 +175,23 @@ class _Trial:
 
     def _launches(self, config: Config) -> list[tuple[Launch, list[Tensor | None]]]:
         """The launches in order, with their pointers."""
-        keys = {name: launch._key(tensor) for name, tensor in self.inputs.items()}
-        layouts = {name: None if key is None else launch.Layout(*key) for name, key in keys.items()}
+        keys = {name: key_of(tensor) for name, tensor in self.inputs.items()}
+        layouts = {name: None if key is None else Layout(*key) for name, key in keys.items()}
         x, weight, gate = layouts["X"], layouts["W"], layouts["GATE"]
         scratch = {}
         steps: tuple[Launch | None, ...]
         if self.forward:
-            steps = (launch.forward_launch(self.spec, x, weight, self.device, layouts["RESIDUAL"], gate, config),)
+            steps = (plan.forward_launch(self.spec, self.device, x, weight, layouts["RESIDUAL"], gate, config),)
         else:
-            rest = (self.needs, self.device, gate, layouts["DRESIDUAL_OUT"], config)
-            steps = c1, main, sum_partials = launch.backward_launches(self.spec, layouts["DY"], x, weight, *rest)
+            given = (layouts["DY"], layouts["DRESIDUAL_OUT"], x, weight, gate)
+            steps = c1, main, sum_partials = plan.backward_launches(self.spec, self.device, self.needs, *given, config)
             rstd = self.inputs["RSTD"]
             if c1:
                 scratch["C1"] = torch.empty_like(rstd)
             if sum_partials:
                 scratch["DW_PARTIAL"] = rstd.new_empty(main.grid[0], self.spec.columns)
         tensors = self.inputs | self.outputs | scratch
-        return [(step, [tensors.get(name) for name in step.kernel.arg_names if name not in step.values]) for step in steps if step]
+        return [(step, [tensors.get(name) for name in step.pointers]) for step in steps if step]
 
     def _compile(self, launches: Iterable[list]) -> None:
         """On all processors at once; what does not compile will say so when it is launched."""

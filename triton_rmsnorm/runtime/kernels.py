@@ -136,12 +136,12 @@ def _norm_output(u, rstd, w, GATE, cols, mask, STEPS: tl.constexpr):
 @triton.jit
 def _rms_norm_fwd_kernel(
     X,  # [M, groups · N], strided
-    RESIDUAL,  # the same, or None
-    GATE,  # the same, or None
     W,  # [groups · N], strided, or None
+    RESIDUAL,  # [M, groups · N], strided, or None
+    GATE,  # [M, groups · N], strided, or None
     Y,  # [M, groups · N]
-    RESIDUAL_OUT,  # [M, groups · N], or None
     RSTD,  # [M, groups], or None
+    RESIDUAL_OUT,  # [M, groups · N], or None
     M,
     sizes,
     x_strides,
@@ -215,15 +215,15 @@ def _rms_norm_fwd_kernel(
 def _rms_norm_bwd_kernel(
     DY,  # [M, groups · N], strided
     DRESIDUAL_OUT,  # the same, or None
-    X,  # the same: x, or x + residual
-    GATE,  # the same, or None
+    X,  # [M, groups · N], strided: x, or x + residual
     W,  # [groups · N], strided, or None
+    GATE,  # [M, groups · N], strided, or None
     RSTD,  # [M, groups]
     C1,  # [M, groups], or None where a row fits a tile
     DX,  # [M, groups · N], or None
-    DRESIDUAL,  # the same, or None where DX has its dtype and serves for both
-    DGATE,  # the same, or None
     DW_PARTIAL,  # [programs, groups · N], or None
+    DRESIDUAL,  # [M, groups · N], or None where DX has its dtype and serves for both
+    DGATE,  # [M, groups · N], or None
     M,
     sizes,
     dy_strides,
@@ -304,8 +304,8 @@ def _rms_norm_bwd_kernel(
 def _rms_norm_bwd_c1_kernel(
     DY,
     X,
-    GATE,
     W,
+    GATE,
     RSTD,
     C1,
     M,

@@ -1,0 +1,254 @@
+"""The autograd Functions around the kernels, and around the operators where something has to see them.
+
+torch.library.custom_op with register_autograd does not serve here: torch.func.grad refuses it for want of a setup_context staticmethod
+(torch 2.13). Forward-mode derivatives, second derivatives and a batched weight are composed of torch's operations, from `reference`.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from triton_rmsnorm import reference
+from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec
+from triton_rmsnorm.runtime import plan
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """(y, x + residual or None), for plain eager. Saves what is normalized (x, or x + residual), the weight, the gate and rstd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec) -> Tensors:
+        y, rstd, residual_out = plan.forward(Inputs(x, weight, residual, gate), spec)
+        ctx.spec, ctx.x_dtype = spec, x.dtype
+        ctx.set_materialize_grads(False)  # an output that is not used costs nothing
+        ctx.save_for_backward(x if residual is None else residual_out, weight, gate, rstd)
+        return y, residual_out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None) -> Tensors:
+        return _gradients(ctx, dy, dresidual_out)
+
+
+class TransformableForward(torch.autograd.Function):
+    """The same for torch.func and for the operator: (y, rstd) or (y, rstd, x + residual).
+
+    torch.func requires that everything saved is an input or an output.
+    """
+
+    @staticmethod
+    def run(inputs: Inputs, spec: Spec) -> Outputs:
+        y, rstd, *residual_out = TransformableForward.apply(*inputs, spec)
+        return Outputs(y, rstd, residual_out[0] if residual_out else None)
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec) -> tuple[Tensor, ...]:
+        return _present(run_forward(Inputs(x, weight, residual, gate), spec))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, residual, gate, spec = inputs
+        _, rstd, *residual_out = output
+        ctx.spec, ctx.x_dtype = spec, x.dtype
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else residual_out[0], weight, gate, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None, dresidual_out: Tensor | None = None) -> Tensors:
+        return _gradients(ctx, dy, dresidual_out)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        x_dim, weight_dim, residual_dim, gate_dim, _ = in_dims
+        if weight_dim is not None:  # the kernels read one weight for all rows
+            composed = torch.func.vmap(lambda *tensors: _present(reference.forward(Inputs(*tensors), spec)), in_dims[:4])
+            outputs = composed(x, weight, residual, gate)
+        else:  # samples are more rows
+            tensors = _batched(x, x_dim, info), weight, _batched(residual, residual_dim, info), _batched(gate, gate_dim, info)
+            outputs = TransformableForward.apply(*tensors, spec)
+        return outputs, (0,) * len(outputs)
+
+
+class TransformableBackward(torch.autograd.Function):
+    """The gradients that are needed, as a tuple of tensors, and differentiable in turn: their own backward is composed."""
+
+    @staticmethod
+    def run(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype, needs: Needs) -> Gradients:
+        needs = needs._replace(dweight=needs.dweight and given.weight is not None)
+        if not any(needs):
+            return Gradients(None, None, None, None)
+        gradients = iter(TransformableBackward.apply(*given, spec, x_dtype, needs))
+        return Gradients(*(next(gradients) if needed else None for needed in needs))
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *given, spec, x_dtype, needs = arguments
+        return _present(run_backward(BackwardInputs(*given), spec, x_dtype, needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        dy, dresidual_out, x, weight, gate, _, *ctx.rest = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, dresidual_out, x, weight, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
+        tensors = ctx.saved_tensors
+        present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+        used = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        if not used:
+            return (None,) * 9
+
+        def composed(*arguments: Tensor) -> tuple[Tensor, ...]:
+            filled = list(tensors)
+            for i, argument in zip(present, arguments, strict=True):
+                filled[i] = argument
+            outputs = composed_backward(*filled, *ctx.rest)
+            return tuple(outputs[i] for i in used)
+
+        _, pullback = torch.func.vjp(composed, *(tensors[i] for i in present))
+        gradients = dict(zip(present, pullback(tuple(cotangents[i] for i in used)), strict=True))
+        return *(gradients.get(i) for i in range(len(tensors))), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs = arguments
+        dims = BackwardInputs(*in_dims[:6])
+        if dims.weight is not None:
+            composed = torch.func.vmap(lambda *tensors: composed_backward(*tensors, spec, x_dtype, needs), dims[:5])
+            outputs = composed(dy, dresidual_out, x, weight, gate)
+            return outputs, (0,) * len(outputs)
+        dy, dresidual_out, x, gate, rstd = (
+            _batched(tensor, dim, info)
+            for tensor, dim in (
+                (dy, dims.dy),
+                (dresidual_out, dims.dresidual_out),
+                (x, dims.x),
+                (gate, dims.gate),
+                (rstd, dims.rstd),
+            )
+        )
+        given = BackwardInputs(dy, dresidual_out, x, weight, gate, rstd)
+        gradients = TransformableBackward.run(given, spec, x_dtype, needs._replace(dweight=False))
+        if needs.dweight:  # one for each sample, where the kernels sum over all rows
+            (dweight,) = torch.func.vmap(
+                lambda dy, x, gate: composed_backward(dy, None, x, weight, gate, spec, x_dtype, Needs(dx=False)),
+                (0, 0, None if gate is None else 0),
+            )(dy, x, gate)
+            gradients = gradients._replace(dweight=dweight)
+        outputs = _present(gradients)
+        return outputs, (0,) * len(outputs)
+
+
+def run_forward(inputs: Inputs, spec: Spec) -> Outputs:
+    """The kernels, or the operator where something has to see it; all that is left to do inside of a Function."""
+    return plan.forward(inputs, spec) if is_direct(*inputs) else call_forward(inputs, spec)
+
+
+def run_backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype, needs: Needs) -> Gradients:
+    """The gradients that are needed.
+
+    Where they will be differentiated in turn, this goes through TransformableBackward, whose forward comes here again, one level of
+    torch.func further down, or with gradients disabled (create_graph), until nothing but the kernels or the operator is left.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return TransformableBackward.run(given, spec, x_dtype, needs)
+    if not is_direct(*given) or _is_vmapped(given) or has_tangent(*given):
+        return from_operator(torch.ops.triton_rmsnorm.backward(*given, x_dtype, list(needs), *spec), needs)
+    if torch.is_grad_enabled():  # create_graph
+        return TransformableBackward.run(given, spec, x_dtype, needs)
+    return plan.backward(given, spec, x_dtype, needs)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None) -> Tensors:
+    """The gradients of x, weight, residual, gate and spec, as far as ctx needs them."""
+    x, weight, gate, rstd = ctx.saved_tensors
+    if dy is None:  # only x + residual was used
+        dy = x.new_zeros(()).expand(x.shape)
+    needs_dx, needs_dweight, needs_dresidual, needs_dgate, _ = ctx.needs_input_grad
+    shared = x.dtype == ctx.x_dtype  # dx serves for dresidual, too
+    needs = Needs(needs_dx or (needs_dresidual and shared), needs_dweight, needs_dresidual and not shared, needs_dgate)
+    given = BackwardInputs(dy, dresidual_out, x, weight, gate, rstd)
+    dx, dweight, dresidual, dgate = run_backward(given, ctx.spec, ctx.x_dtype, needs)
+    return dx if needs_dx else None, dweight, (dx if shared else dresidual) if needs_dresidual else None, dgate, None
+
+
+def composed_backward(
+    dy: Tensor,
+    dresidual_out: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    spec: Spec,
+    x_dtype: torch.dtype,
+    needs: Needs,
+) -> tuple[Tensor, ...]:
+    """The gradients that are needed, by differentiable operations, with rstd as the function of x that it is."""
+    rstd = reference.forward(Inputs(x, weight, gate=gate), spec).rstd
+    assert rstd is not None
+    gradients = reference.backward(BackwardInputs(dy, dresidual_out, x, weight, gate, rstd), spec, x_dtype)
+    return tuple(gradient for gradient, needed in zip(gradients, needs, strict=True) if needed and gradient is not None)
+
+
+def call_forward(inputs: Inputs, spec: Spec) -> Outputs:
+    """The operator triton_rmsnorm::forward."""
+    if "torch.distributed.tensor" in sys.modules:  # which takes half a second to import: not for those who do not use it
+        from triton_rmsnorm import distributed
+
+        distributed.register()
+    y, rstd, residual_out = torch.ops.triton_rmsnorm.forward(*inputs, *spec)
+    return Outputs(y, rstd, None if inputs.residual is None else residual_out)
+
+
+def from_operator(gradients: tuple[Tensor, ...], needs: Needs) -> Gradients:
+    """An operator returns tensors: an empty one stands for None."""
+    return Gradients(*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)))
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # here and in is_direct, any() and all() would take longer
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the kernels has to see the call: plain tensors, no tracing, no dispatch mode, no torch.func."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether any tensor carries a forward-mode tangent. Inside torch.func this cannot be seen per tensor, so there it is assumed."""
+    return forward_ad._current_level >= 0 and (
+        torch._C._are_functorch_transforms_active() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    )
+
+
+def _is_vmapped(given: BackwardInputs) -> bool:
+    """Whether torch.autograd.grad(..., is_grads_batched=True) is under way, which has its own vmap."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return legacy(given.dy) or (given.dresidual_out is not None and legacy(given.dresidual_out))
+
+
+def _present(tensors: Outputs | Gradients) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor is not None)
+
+
+def _batched(tensor: Tensor | None, dim: int | None, info: Any) -> Tensor | None:
+    """The tensor with its batch dimension first; expanded to one if it has none."""
+    if tensor is None:
+        return None
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -1,0 +1,76 @@
+"""Strided tensors as the kernels see them: rows that are read in place, or copies where they cannot be."""
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_rmsnorm.reference import Spec
+
+
+class Layout(NamedTuple):
+    """The metadata of a tensor that a launch depends on."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    negative: bool = False  # torch's lazy negation: such a tensor is copied
+
+
+LayoutKey = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
+
+
+def key_of(x: Tensor | None) -> LayoutKey | None:
+    """The fields of the Layout of x: a plain tuple is quicker to make and serves as a key of caches."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.is_neg())
+
+
+def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    return Layout(tuple(shape), tuple(prod(shape[i + 1 :]) for i in range(len(shape))), dtype)
+
+
+def merge_rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The outer dimensions of tensors of one shape, merged where all of them allow it: (sizes but the first, strides of each tensor)."""
+    dims: list[list[int]] = []  # [size, stride of the first tensor, ...]
+    for size, *steps in zip(shape, *strides, strict=True):
+        if size == 1:
+            continue
+        if dims and all(outer == size * step for outer, step in zip(dims[-1][1:], steps, strict=True)):
+            dims[-1] = [dims[-1][0] * size, *steps]
+        else:
+            dims.append([size, *steps])
+    if not dims:
+        dims = [[1] + [0] * len(strides)]
+    sizes, *merged = zip(*dims, strict=True)
+    return sizes[1:], merged
+
+
+def in_place(spec: Spec, weight: Layout | None, *rows: Layout | None) -> bool:
+    """Whether the kernels can read all of these tensors where they are."""
+    if weight and (weight.negative or (len(weight_strides(weight)) > 1 and prod(weight.shape))):
+        return False
+    return all(rows_in_place(x, spec) for x in rows if x)
+
+
+def rows_in_place(x: Layout, spec: Spec) -> bool:
+    """Whether the normalized dimensions of x are one contiguous run, and its sign is materialized."""
+    run = 1
+    for size, stride in zip(reversed(spec.normalized_shape), reversed(x.strides), strict=False):
+        if size != 1 and stride != run and prod(x.shape):
+            return False
+        run *= size
+    return not x.negative
+
+
+def weight_strides(weight: Layout) -> tuple[int, ...]:
+    """The strides of the weight after its dimensions are merged: one, unless they cannot be merged."""
+    _, (strides,) = merge_rows(weight.shape, weight.strides)
+    return strides
+
+
+def readable(x: Tensor, spec: Spec) -> Tensor:
+    """x itself where its rows can be read in place, else a copy."""
+    if rows_in_place(Layout(x.shape, x.stride(), x.dtype, x.is_neg()), spec):
+        return x
+    return x.resolve_neg().contiguous()

@@ -1,0 +1,275 @@
+"""From tensors to launches: one launch forward; one backward, one more for the sum of dw, and one for c1 where rows are longer than a tile.
+
+All but the pointers is prepared once and kept; after that a call allocates its outputs and starts the compiled kernels.
+"""
+
+from dataclasses import replace
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec, accumulation_dtype
+from triton_rmsnorm.runtime import config as tuning
+from triton_rmsnorm.runtime import kernels, table
+from triton_rmsnorm.runtime.config import Config, Device
+from triton_rmsnorm.runtime.launch import INTERPRETED, Launch, device_of, kept
+from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, key_of, merge_rows, readable, weight_strides
+
+_TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
+
+
+def forward(inputs: Inputs, spec: Spec, needs_rstd: bool = True) -> Outputs:
+    """y, rstd if it is needed, and x + residual where there is a residual, in one launch."""
+    x, weight, residual, gate = inputs
+    plan = _forward_plan(spec, needs_rstd, x.device, key_of(x), key_of(weight), key_of(residual), key_of(gate))
+    if plan is None:
+        return forward(_readable_inputs(inputs, spec), spec, needs_rstd)
+    y, rstd, residual_out = _allocate(plan.y, x), _allocate(plan.rstd, x), _allocate(plan.residual_out, x)
+    if plan.launch is not None:
+        plan.launch(x, weight, residual, gate, y, rstd, residual_out)
+    elif rstd is not None:
+        rstd.fill_(torch.nan)  # the mean of nothing
+    return Outputs(y, rstd, residual_out)  # type: ignore[arg-type] # y is always allocated
+
+
+def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = None, needs: Needs = Needs()) -> Gradients:  # noqa: B008
+    """The gradients that are needed (by default dx and dweight), contiguous; arguments as in reference.backward."""
+    dy, dresidual_out, x, weight, gate, rstd = given
+    keys = (key_of(dy), key_of(dresidual_out), key_of(x), key_of(weight), key_of(gate))
+    plan = _backward_plan(spec, needs, x.device, x_dtype or x.dtype, *keys)
+    if plan is None:
+        return backward(_readable_backward_inputs(given, spec), spec, x_dtype, needs)
+    gradients = Gradients(*[_allocate(buffer, x) for buffer in plan.gradients])
+    dx, dweight, dresidual, dgate = gradients
+    if plan.launches is None:
+        if dweight is not None:
+            dweight.zero_()
+        return gradients
+
+    rstd = rstd.contiguous()
+    c1, dw_partial = _allocate(plan.c1, x), _allocate(plan.dw_partial, x)
+    if plan.launches.c1 is not None:
+        plan.launches.c1(dy, x, weight, gate, rstd, c1)
+    plan.launches.main(dy, dresidual_out, x, weight, gate, rstd, c1, dx, dw_partial, dresidual, dgate)
+    if plan.launches.sum_partials is not None:
+        plan.launches.sum_partials(dw_partial, dweight)
+    return gradients
+
+
+class BackwardLaunches(NamedTuple):
+    c1: Launch | None  # where a row is longer than a tile
+    main: Launch
+    sum_partials: Launch | None  # where dweight is needed
+
+
+class _ForwardPlan(NamedTuple):
+    launch: Launch | None  # None: nothing to compute
+    y: Layout
+    rstd: Layout | None
+    residual_out: Layout | None
+
+
+class _BackwardPlan(NamedTuple):
+    launches: BackwardLaunches | None  # None: nothing to compute
+    gradients: tuple[Layout | None, ...]
+    c1: Layout | None = None
+    dw_partial: Layout | None = None
+
+
+@kept
+def _forward_plan(
+    spec: Spec,
+    needs_rstd: bool,
+    device: torch.device,
+    x_key: LayoutKey,
+    weight_key: LayoutKey | None,
+    residual_key: LayoutKey | None,
+    gate_key: LayoutKey | None,
+) -> _ForwardPlan | None:
+    """Everything of a forward except the pointers; None if some tensor cannot be read in place."""
+    x, weight, residual, gate = Layout(*x_key), _layout(weight_key), _layout(residual_key), _layout(gate_key)
+    if not in_place(spec, weight, x, residual, gate):
+        return None
+    return _ForwardPlan(
+        forward_launch(spec, device_of(device), x, weight, residual, gate) if prod(x.shape) else None,
+        contiguous(x.shape, spec.output_dtype(x, weight)),
+        contiguous(spec.rstd_shape(x.shape), accumulation_dtype(x, residual, gate)) if needs_rstd else None,
+        contiguous(x.shape, residual.dtype) if residual else None,
+    )
+
+
+@kept
+def _backward_plan(
+    spec: Spec,
+    needs: Needs,
+    device: torch.device,
+    x_dtype: torch.dtype,
+    dy_key: LayoutKey,
+    dresidual_out_key: LayoutKey | None,
+    x_key: LayoutKey,
+    weight_key: LayoutKey | None,
+    gate_key: LayoutKey | None,
+) -> _BackwardPlan | None:
+    """Everything of a backward except the pointers; None if some tensor cannot be read in place."""
+    dy, dresidual_out, x, weight, gate = (
+        Layout(*dy_key),
+        _layout(dresidual_out_key),
+        Layout(*x_key),
+        _layout(weight_key),
+        _layout(gate_key),
+    )
+    if not in_place(spec, weight, dy, dresidual_out, x, gate):
+        return None
+    needs = needs._replace(dweight=needs.dweight and weight is not None)
+    gradients = (
+        contiguous(x.shape, x_dtype) if needs.dx else None,
+        contiguous(spec.normalized_shape, weight.dtype) if weight and needs.dweight else None,
+        contiguous(x.shape, x.dtype) if needs.dresidual else None,
+        contiguous(x.shape, gate.dtype) if gate and needs.dgate else None,
+    )
+    if not prod(x.shape) or not any(needs):
+        return _BackwardPlan(None, gradients)
+    launches = backward_launches(spec, device_of(device), needs, dy, dresidual_out, x, weight, gate)
+    acc = accumulation_dtype(x, gate, weight)
+    return _BackwardPlan(
+        launches,
+        gradients,
+        contiguous(spec.rstd_shape(x.shape), acc) if launches.c1 else None,
+        contiguous((launches.main.grid[0], prod(spec.normalized_shape)), acc) if needs.dweight else None,
+    )
+
+
+def forward_launch(
+    spec: Spec,
+    device: Device,
+    x: Layout,
+    weight: Layout | None,
+    residual: Layout | None = None,
+    gate: Layout | None = None,
+    config: Config | None = None,  # None: chosen
+) -> Launch:
+    """The launch of a forward on `device`."""
+    rows = {"x_strides": x, "residual_strides": residual, "gate_strides": gate}
+    loads = sum(layout is not None for layout in rows.values())
+    stores = 2 if residual else 1
+    key = table.Key("forward", spec.columns, _itemsize(*rows.values()), _itemsize(weight), loads, stores)
+    config = config or table.choose(key, device)
+    values = _values(spec, config, rows, weight)
+    if residual:
+        values["STEPS"] = replace(values["STEPS"], residual_dtype=_TL_DTYPES[residual.dtype])
+    grid = (_programs(values["M"], config, spec.groups), spec.groups, 1)
+    kernel = kernels._rms_norm_fwd_kernel
+    return Launch("forward", kernel, grid, config, device, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
+
+
+def backward_launches(
+    spec: Spec,
+    device: Device,
+    needs: Needs,
+    dy: Layout,
+    dresidual_out: Layout | None,
+    x: Layout,
+    weight: Layout | None,
+    gate: Layout | None = None,
+    config: Config | None = None,  # None: chosen
+) -> BackwardLaunches:
+    """The launches of a backward on `device`."""
+    rows = {"dy_strides": dy, "dresidual_out_strides": dresidual_out, "x_strides": x, "gate_strides": gate}
+    loads = sum(layout is not None for layout in rows.values())
+    stores = max(1, needs.dx + needs.dresidual + needs.dgate)
+    key = table.Key("backward", spec.columns, _itemsize(*rows.values()), _itemsize(weight), loads, stores)
+    config = config or table.choose(key, device)
+    values = _values(spec, config, rows, weight)
+    blocks = triton.cdiv(spec.columns, config.block_n)
+    programs = _programs(values["M"], config, spec.groups * blocks)
+    grid = (programs, spec.groups, blocks)
+    main = Launch("backward", kernels._rms_norm_bwd_kernel, grid, config, device, NUM_STAGES=config.num_stages, **values)
+    c1 = sum_partials = None
+    if blocks > 1 and needs != Needs(dx=False):  # dweight alone needs no c1
+        grid = (triton.cdiv(values["M"], config.block_m), spec.groups, 1)
+
+        c1 = Launch("c1", kernels._rms_norm_bwd_c1_kernel, grid, config, device, **values)
+    if needs.dweight:
+        columns = spec.groups * spec.columns
+        config = tuning.reduction_config(columns, device)
+        sizes = {"COLS": columns, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        grid = (triton.cdiv(columns, config.block_n), 1, 1)
+        sum_partials = Launch("sum_partials", kernels._sum_partials_kernel, grid, config, device, programs=programs, **sizes)
+    return BackwardLaunches(c1, main, sum_partials)
+
+
+def _values(spec: Spec, config: Config, tensors: dict[str, Layout | None], weight: Layout | None) -> dict[str, Any]:
+    """The arguments of the forward and the backward kernel besides pointers; `tensors` of rows by the name of their strides."""
+    present = {name: layout for name, layout in tensors.items() if layout}
+    shape = present["x_strides"].shape
+    outer = len(shape) - len(spec.normalized_shape)
+    sizes, strides = merge_rows(shape[:outer], *(layout.strides[:outer] for layout in present.values()))
+    row_align = gcd(16, *(stride for row in strides for stride in row))
+    units = {name: tuple(stride // row_align for stride in row) for name, row in zip(present, strides, strict=True)}
+    steps = kernels.Steps(
+        acc=tl.float64 if any(layout.dtype == torch.float64 for layout in present.values()) else tl.float32,
+        weight_offset=spec.weight_offset,
+        x_hat_dtype=_TL_DTYPES[spec.x_hat_dtype],
+        rstd_dtype=_TL_DTYPES[spec.rstd_dtype],
+        product_dtype=_TL_DTYPES[spec.product_dtype(weight)] if spec.activation else None,
+        activation=spec.activation,
+        norm_before_gate=spec.norm_before_gate,
+        bf16_by_bits=INTERPRETED,
+        load_policy=config.load_policy,
+        store_policy=config.store_policy,
+    )
+    return {
+        "M": prod(shape[:outer]),
+        "sizes": sizes,
+        **{name: units.get(name, ()) for name in tensors},
+        "stride_w": weight_strides(weight)[-1] if weight else 1,
+        "STEPS": steps,
+        "N": spec.columns,
+        "ROW_ALIGN": row_align,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+def _itemsize(*layouts: Layout | None) -> int:
+    """Bytes per element of the widest; 0 if all are None."""
+    return max(layout.dtype.itemsize if layout else 0 for layout in layouts)
+
+
+def _programs(rows: int, config: Config, columns_of_grid: int) -> int:
+    """Extent of grid axis 0: no more programs than tiles, nor than `config` allows over the whole grid."""
+    return min(triton.cdiv(rows, config.block_m), max(1, config.programs // columns_of_grid))
+
+
+def _layout(key: LayoutKey | None) -> Layout | None:
+    return None if key is None else Layout(*key)
+
+
+def _allocate(layout: Layout | None, like: Tensor) -> Tensor | None:
+    return None if layout is None else torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device=like.device)
+
+
+def _readable_inputs(inputs: Inputs, spec: Spec) -> Inputs:
+    x, weight, residual, gate = inputs
+    return Inputs(
+        readable(x, spec),
+        None if weight is None else weight.resolve_neg().contiguous(),
+        None if residual is None else readable(residual, spec),
+        None if gate is None else readable(gate, spec),
+    )
+
+
+def _readable_backward_inputs(given: BackwardInputs, spec: Spec) -> BackwardInputs:
+    dy, dresidual_out, x, weight, gate, rstd = given
+    return BackwardInputs(
+        readable(dy, spec),
+        None if dresidual_out is None else readable(dresidual_out, spec),
+        readable(x, spec),
+        None if weight is None else weight.resolve_neg().contiguous(),
+        None if gate is None else readable(gate, spec),
+        rstd,
+    )
