@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from triton_rmsnorm import RMSNorm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -77,3 +80,26 @@ def test_commands(command, capsys):
     assert exit.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in options if option.startswith("--"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are Python functions only in the interpreter")
+def test_the_way_of_x():
+    """The functions in CONTRIBUTING's list are called in its order."""
+    steps = re.findall(r"^\d+\. `([\w.]+)\.(\w+)`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    modules = {"triton_rmsnorm." + re.sub(r"\.[A-Z]\w*$", "", owner) for owner, _ in steps}
+    called = []
+
+    def record(frame, event, _):
+        name = frame.f_globals.get("__name__")
+        if event == "call" and name in modules:
+            called.append((name.removeprefix("triton_rmsnorm."), frame.f_code.co_name))
+
+    norm, x = RMSNorm(64), torch.randn(3, 64, requires_grad=True)
+    sys.setprofile(record)
+    try:
+        norm(x).backward(x)
+    finally:
+        sys.setprofile(None)
+    wanted = [(re.sub(r"\.[A-Z]\w*$", "", owner), name) for owner, name in steps]
+    remaining = iter(called)
+    assert len(wanted) == 10 and all(step in remaining for step in wanted), called
