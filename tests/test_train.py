@@ -244,18 +244,6 @@ def test_control_of_weights_that_are_used_in_bf16():
     assert norm.weight.dtype == torch.float32 and set(norm.weight.tolist()) == {1 - 2**-8, 1 + 2**-7}
 
 
-def test_every_provider_starts_from_the_same_model(providers):
-    seen = []
-
-    def see(model):
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return model
-
-    providers({"one": see, "other": see})
-    compare(SMALL, read_text(None), tuple(PROVIDERS))
-    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
-
-
 def test_checkpointing_changes_no_loss():
     text = read_text(None)
 

@@ -19,7 +19,7 @@ from bench.census.compare import census
 from bench.census.page import differences
 
 TASKS = 200  # per process, whose memory grows with what it has imported
-HANGS = 600  # seconds after which a task is given up; most of them end by themselves after compare.SECONDS of processor time
+SECONDS = 600  # after which a task is killed
 
 
 def run(types: list[str], workers: int) -> list[dict]:
@@ -28,7 +28,7 @@ def run(types: list[str], workers: int) -> list[dict]:
     tasks = [("type", one) for one in types] + [("package", one) for one in packages]
     results = []
     with tqdm(total=len(tasks), unit="task", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
-        for (kind, name), result, failure in in_processes(_run, tasks, workers, HANGS):
+        for (kind, name), result, failure in in_processes(_run, tasks, workers, SECONDS):
             results.append(result or {kind: name, "stage": "run", "error": failure, "differs": failure})
             bar.set_postfix_str(name.rpartition(".")[2], refresh=False)
             bar.update()
