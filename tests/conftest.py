@@ -43,7 +43,7 @@ def launches() -> Iterator[list[launch.Recorded]]:
 
 @pytest.fixture
 def run_as() -> Iterator[Callable[[config.Device], None]]:
-    """run_as(config.SM_90): from here on, the interpreter runs the configurations of that device (clusters count as one program)."""
+    """A function after whose call the interpreter runs the configurations of the given device; a cluster counts as one program."""
     if not launch.INTERPRETED:
         pytest.skip("a GPU runs its own configurations")
     with ExitStack() as stack:

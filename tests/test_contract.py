@@ -146,8 +146,10 @@ NUMBERS = {
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_numbers(numbers, dtype, eps, device):
-    """NaN and infinities are where torch has them, but for gradients that its formula overflows in (2x, for example), where the closed form
-    does not; what is finite is within the budget; rows beside do not notice."""
+    """NaN and infinities are where torch has them, finite numbers are within the budget, and other rows are unaffected.
+
+    Gradients differ where torch's formula overflows (in 2x, for example) and the closed form does not.
+    """
     x, weight, dy = draw((4, 32), dtype, device), draw((32,), dtype, device), draw((4, 32), dtype, device)
 
     def results_of(norm, x: Tensor, dy: Tensor) -> Results:

@@ -100,8 +100,10 @@ def distributed(tensor: torch.Tensor, on, *placements):
 
 
 def compare(variant: Variant, tensors, on, placements, *, collectives: bool | None = False) -> list:
-    """DTensors placed as given, through forward and backward: as the same without DTensors, with collectives, without, or either (None).
-    Returns gradients."""
+    """Compares forward and backward of DTensors, placed as given, with plain tensors, and returns the gradients.
+
+    There must be collectives (True), none (False), or either (None).
+    """
     from torch.distributed.tensor.debug import CommDebugMode
 
     whole = [t.detach().requires_grad_() for t in tensors]
@@ -129,8 +131,10 @@ def compare(variant: Variant, tensors, on, placements, *, collectives: bool | No
 
 @check
 def rows_are_sharded():
-    """Over any outer dimension, evenly or not, even with nothing for some: no collective, and dgamma is left as a partial sum. Where there
-    are fewer rows than processes, DTensor itself redistributes before it asks an operator's rule."""
+    """Over any outer dimension, evenly or not, also with no rows for some processes: no collective, and dgamma stays a partial sum.
+
+    Where there are fewer rows than processes, DTensor itself redistributes before it asks an operator's rule.
+    """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     on = mesh()

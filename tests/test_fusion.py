@@ -422,8 +422,11 @@ def test_hidden_states(device):
 
 
 def test_half_precision(device):
-    """The sum is rounded before it is normalized, as it was: forward, no bit changes. Backward, the two gradients that meet at the sum are
-    added before they are rounded, not after, and gradients of weights follow: a few units."""
+    """The forward does not change by a bit, because the sum is rounded before it is normalized, as it was.
+
+    In the backward, the two gradients that meet at the sum are added before they are rounded, not after. They and the gradients of weights
+    differ by a few units in the last place.
+    """
     model = Layer().to(device, torch.bfloat16)
     patch(model)
     x = torch.randn(64, SIZE, device=device).bfloat16()

@@ -149,7 +149,9 @@ def forward(inputs: Inputs, spec: Spec) -> Outputs:
 
 
 def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = None) -> Gradients:
-    """All gradients in closed form, from what was normalized and rstd: with wdy = w · dy and c1 = mean(x_hat · wdy),
+    """All gradients in closed form, from what was normalized and rstd.
+
+    With wdy = w · dy and c1 = mean(x_hat · wdy),
 
         du = (wdy - c1 · x_hat) · rstd        dw = sum over rows of dy · x_hat
 

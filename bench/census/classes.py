@@ -36,8 +36,10 @@ def classes_of(package: str) -> dict:
 
 
 def _variants(cls: type, package: str) -> list[dict]:
-    """Arguments of the constructor: 64 columns, every combination of switches, with and without groups; for a config, its class or model
-    type."""
+    """Arguments of the constructor: 64 columns, every combination of switches, with and without groups.
+
+    For a config, the arguments contain its class or model type.
+    """
     choices: dict[str, tuple] = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
         required = parameter.default is parameter.empty

@@ -23,8 +23,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def census(model_type: str) -> dict:
-    """What became of the model of one type: the stage that it reached, and why not the next; a row for each class of norms or layers; the
-    largest distance in each dtype and the tensor that has it.
+    """What became of the model of one type.
+
+    The result has the stage that was reached and why the next one was not, a row for each class of norms or layers, and in each dtype the
+    largest distance and the tensor that has it.
 
     Stages: build, patch, run, compared; or "no norms" where nothing was replaced.
     """
@@ -56,6 +58,7 @@ def census(model_type: str) -> dict:
 
 def compare(model: nn.Module, batch: dict, dtype: torch.dtype, fused: nn.Module | None = None) -> tuple[float, str, bool]:
     """The largest distance as a fraction of its budget, the tensor that has it, and whether the model runs in fp64 to compare with.
+
     `model` is not modified.
 
     Args:

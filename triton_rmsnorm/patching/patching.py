@@ -145,8 +145,8 @@ def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False
         strict: as in patch.
         fuse_residual: as in patch.
 
-    Returns:
-        A context manager, whose value is the report.
+    Yields:
+        The report.
 
     Raises:
         TypeError: as in patch.

@@ -1,4 +1,6 @@
-"""Autotuning, for those who ask: TRITON_RMSNORM_AUTOTUNE=1, or
+"""Autotuning, which is off by default.
+
+It is switched on by TRITON_RMSNORM_AUTOTUNE=1, or by
 
     with triton_rmsnorm.autotune.autotuning():
         model(x).sum().backward()  # searches on first use of a row length, and says so
