@@ -8,18 +8,19 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import plot_audit, records
+from bench import records
+from bench.audit import picture
 from bench.speed import host, report
 from bench.train import report as training
 
-PICTURES = {"audit": plot_audit.picture, "host": host.picture, "train": training.picture}  # by the first word of a file's name
+PICTURES = {"audit": picture.picture, "host": host.picture, "train": training.picture}  # by the first word of a file's name
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="run-*.json, which are taken together, or others")
     files = parser.parse_args(arguments).files
-    files = files or [file for file in (records.newest("run"), plot_audit.newest(records.RESULTS)) if file]
+    files = files or [file for file in (records.newest("run"), picture.newest()) if file]
     if not files:
         print(f"There are no results in {records.RESULTS}: python -m bench.run makes them.")
         return 1
@@ -35,9 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _save(figure, file: Path) -> None:
-    picture = file.with_suffix(".png")
-    figure.savefig(picture, dpi=140)
-    print(picture)
+    figure.savefig(file.with_suffix(".png"), dpi=140)
+    print(file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Problem(NamedTuple):
     n: int  # columns that share a mean
     direction: str = "forward"
     variant: str = "plain"
-    dtype: str = "bf16"  # of x, y and the gate
+    dtype: str = "bf16"  # of x and the gate, and of y where nothing is rounded before the weight
     weight_dtype: str | None = "bf16"  # None: no weight
     layout: str = "contiguous"  # of x and the gate
 
@@ -89,6 +89,11 @@ class Problem(NamedTuple):
         return self.dtype if residual == "x" else residual
 
     @property
+    def y_dtype(self) -> torch.dtype:
+        x, weight = (torch.empty(0, dtype=DTYPES[name], device="meta") if name else None for name in (self.dtype, self.weight_dtype))
+        return self.spec.output_dtype(x, weight)
+
+    @property
     def own_dresidual(self) -> bool:
         """Whether the gradient of the residual is a tensor apart from dx, since its dtype is another one."""
         return self.residual_dtype not in (None, self.dtype)
@@ -98,10 +103,10 @@ class Problem(NamedTuple):
         """What has to be moved: each tensor that is given is read once, each that is wanted is written once. rstd is neither."""
         variant = VARIANTS[self.variant]
         row, weight, residual = (DTYPES[name].itemsize if name else 0 for name in (self.dtype, self.weight_dtype, self.residual_dtype))
-        gate = row * variant.gate
-        read = row + (residual or row) + residual + gate  # dy, x or the sum, the gradient of the sum, the gate
+        y, gate = self.y_dtype.itemsize, row * variant.gate
+        read = y + (residual or row) + residual + gate  # dy, x or the sum, the gradient of the sum, the gate
         written = row * variant.needs_dx + residual * self.own_dresidual + gate  # dx, dresidual, dgate
-        rows = {"forward": 2 * row + 2 * residual + gate, "backward": read + written}  # bytes per element
+        rows = {"forward": row + y + 2 * residual + gate, "backward": read + written}  # bytes per element
         weights = {"forward": weight, "backward": weight * (1 + variant.needs_dw)}
         return sum(self.columns * (self.m * rows[name] + weights[name]) for name in self.direction.split("+"))
 
@@ -135,7 +140,7 @@ def draw(problem: Problem, device: torch.device | str) -> Data:
     """Fresh random data; the weight is around 1."""
 
     def normal(*shape, dtype=problem.dtype):
-        return torch.randn(shape, dtype=DTYPES[dtype], device=device)
+        return torch.randn(shape, dtype=DTYPES.get(dtype, dtype), device=device)
 
     m, columns = problem.m, problem.columns
     x = _rows(problem, normal)
@@ -147,7 +152,7 @@ def draw(problem: Problem, device: torch.device | str) -> Data:
     residual, dresidual_out = (
         normal(m, columns, dtype=problem.residual_dtype).view(x.shape) if problem.residual_dtype else None for _ in range(2)
     )
-    return Data(x, weight, residual, gate, normal(*x.shape), dresidual_out)
+    return Data(x, weight, residual, gate, normal(*x.shape, dtype=problem.y_dtype), dresidual_out)
 
 
 def _rows(problem: Problem, normal) -> Tensor:

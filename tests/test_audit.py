@@ -2,27 +2,32 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import triton
+from processes import compiled
 
-from bench import audit
-from bench.audit import Row, broken_rules, figures, worse
-from bench.launches import DEVICES, VARIANTS, Problem, launches
-from bench.offline import Kernel, accesses
-from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch, plan
-from triton_rmsnorm.runtime import table as measured
+from bench import plot, records
+from bench.audit import __main__ as command
+from bench.audit import picture, rules
+from bench.audit.compile import TARGETS, Kernel, compile_for
+from bench.audit.machine import accesses, instructions, narrow_products
+from bench.audit.record import DEVICES, depends_on_rows, launches, tensors
+from bench.audit.rows import Row, audit, problems
+from bench.problem import VARIANTS, Problem
+from triton_rmsnorm.runtime import launch, plan, table
+from triton_rmsnorm.runtime.config import SM_90, Config, Device
 
-PLAIN = Problem("forward", "plain", "bf16", "bf16", 4096)
+PLAIN = Problem(8192, 4096)
 BACKWARD = PLAIN._replace(direction="backward")
 KERNEL = Kernel(
     name="_rms_norm_fwd_kernel",
+    step="forward",
     block_m=1,
     block_n=4096,
     num_warps=4,
     num_ctas=1,
-    num_stages=3,
     grid=(264, 1, 1),
     registers=100,
     spilled=0,
@@ -34,38 +39,45 @@ KERNEL = Kernel(
     resident=4,
     per_sm=2.0,
     in_flight=32768,
+    per_element=10.0,
+    narrow_products=[],
 )
-ROW = Row("sm_90", PLAIN, "", [KERNEL], False, {"X": 1000, "W": 5}, {"Y": 1000}, 2005, {"X": 1.0})
+SIZE = PLAIN.bytes + PLAIN.rstd_bytes
+ROW = Row("sm_90", PLAIN, "", [KERNEL], False, {"X": SIZE // 2, "W": 5000}, {"Y": SIZE // 2}, {"W": 5000}, {"X": 1.0})
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """Compiled and counted in processes of their own."""
-    return audit.audit(audit.problems(quick=True))
+    """Compiled and counted in new processes."""
+    return audit(problems(quick=True))
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("audit")
 def test_rules_hold(rows):
-    assert not [f"{row.key}: {rule}" for row in rows for rule in broken_rules(row)]
+    assert not [f"{row.key}: {rule}" for row in rows for rule in rules.broken(row)]
     assert {row.target for row in rows} == set(DEVICES) and {row.problem.variant for row in rows} == set(VARIANTS)
-    assert all(row.kernels and row.loaded and row.stored and row.minimum for row in rows)
+    assert all(row.main and row.loaded and row.stored for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("audit")
 def test_nothing_is_worse_than_frozen(rows):
-    before = audit.frozen()
+    before = rules.frozen()
     if not before:
         pytest.skip(f"no figures are frozen for Triton {triton.__version__}: python -m bench.audit --freeze")
-    now = figures(rows)
+    now = rules.figures(rows)
     assert before.keys() >= now.keys()
-    assert not worse(before, now), "python -m bench.audit --freeze, if this is what is wanted"
+    assert not rules.worse(before, now), "python -m bench.audit --freeze, if this is what is wanted"
 
 
 def test_the_representative_part_is_part_of_the_grid():
-    assert set(audit.problems(quick=True)) < set(audit.problems())
-    assert len(set(audit.problems())) == len(audit.problems())
+    assert set(problems(quick=True)) < set(problems())
+    assert len(set(problems())) == len(problems())
 
 
 def test_row_without_defects():
-    assert broken_rules(ROW) == []
+    assert rules.broken(ROW) == []
 
 
 @pytest.mark.parametrize(
@@ -73,13 +85,15 @@ def test_row_without_defects():
     [
         ({"spilled": 8}, "spills 8 bytes"),
         ({"widths": {"X": 8, "Y": 16}}, "accesses X by 8 bytes, not 16"),
-        ({"resident": 1}, "2.00 thread blocks an SM, of which 1 fit"),
+        ({"resident": 1}, "2.00 thread blocks per SM, of which 1 fit"),
         ({"resident": 0, "grid": (1, 1, 264)}, "of which 0 fit"),
+        ({"shared": 1 << 20}, "takes 1048576 bytes of shared memory"),
+        ({"narrow_products": ["arith.muli %1, %2 : i32"]}, "has 32-bit offsets: arith.muli"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_defects_of_a_kernel_are_named(defect, said):
-    (rule,) = broken_rules(ROW._replace(kernels=[KERNEL._replace(**defect)]))
+    (rule,) = rules.broken(ROW._replace(kernels=[KERNEL._replace(**defect)]))
     assert said in rule
 
 
@@ -88,94 +102,118 @@ def test_defects_of_a_kernel_are_named(defect, said):
     [
         ({"error": "does not compile: no"}, "does not compile"),
         ({"reads": {"X": 2.0}}, "X is read 2.000 times"),
-        ({"loaded": {"X": 1000, "W": 50}}, "moves 1.0224 of the least bytes, more than 1.02"),
+        ({"stored": {"Y": SIZE * 53 // 100}}, "moves 1.0300 of the minimum, more than 1.02"),
         ({"depends_on_rows": True}, "depends on the number of rows"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_defects_of_a_row_are_named(defect, said):
-    (rule,) = broken_rules(ROW._replace(**defect))
+    (rule,) = rules.broken(ROW._replace(**defect))
     assert said in rule
 
 
 def test_a_backward_may_move_five_percent():
-    row = ROW._replace(problem=BACKWARD, loaded={"X": 1000, "W": 100})
-    assert broken_rules(row) == []
-    assert len(broken_rules(row._replace(loaded={"X": 1000, "W": 110}))) == 1
+    size = BACKWARD.bytes + BACKWARD.rstd_bytes
+    row = ROW._replace(problem=BACKWARD, loaded={"X": size // 2}, stored={"Y": size * 54 // 100}, cached={})
+    assert rules.broken(row) == []
+    assert len(rules.broken(row._replace(stored={"Y": size * 56 // 100}))) == 1
 
 
 def test_exceptions_are_no_wider_than_said():
     """What may be read twice or spill, case by case; nothing else may."""
     clusters = DEVICES["sm_90"].max_ctas > 1
-    once = {problem: audit.read_once("sm_90", problem) for problem in audit.problems()}
+    once = {problem: rules.read_once("sm_90", problem) for problem in problems()}
     most = 131072 if clusters else 16384
     fewer = {(problem.direction, problem.variant, problem.dtype) for problem, columns in once.items() if columns < most}
-    gates = {("backward", variant, "bf16") for variant in ("gate", "gate_first", "gate_rounded", "add_fp32")}
+    gates = {("backward", variant, "bf16") for variant in ("gate", "gate_first", "gate_rounded", "residual_fp32")}
     assert fewer == {("backward", "plain", "fp64")} | (set() if clusters else gates)
-    assert {audit.read_once("gfx942", problem) for problem in once if problem.dtype != "fp64"} == {16384}
-    spills = {problem for problem in once if audit.may_spill("sm_90", problem)}
+    assert {rules.read_once("gfx942", problem) for problem in once if problem.dtype != "fp64"} == {16384}
+    spills = {problem for problem in once if rules.may_spill("sm_90", problem)}
     if clusters:
-        assert spills == {Problem("backward", "gate_rounded", "bf16", "bf16", 131072)}
+        assert spills == {Problem(8192, 131072, "backward", "gate_rounded")}
     else:
         assert min(problem.n for problem in spills if problem.variant == "plain" and problem.dtype != "fp64") == 12288
-    assert all(audit.may_spill("sm_90", problem) <= 192 for problem in once)
+    assert all(rules.may_spill("sm_90", problem) <= 192 for problem in once)
 
 
 def test_unaligned_rows_may_be_accessed_by_less():
-    assert not broken_rules(ROW._replace(kernels=[KERNEL._replace(widths={"X": 8}, aligned={"X": 8})]))
+    assert not rules.broken(ROW._replace(kernels=[KERNEL._replace(widths={"X": 8}, aligned={"X": 8})]))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"registers": [101, 80]},
+        {"registers": [105, 80]},
         {"spilled": [0, 4]},
         {"shared": [16385, 64]},
-        {"bytes": 2006},
+        {"memory": 2006},
         {"registers": []},
-        {"registers": [90, 80, 101]},
+        {"registers": [90, 80, 105]},
     ],
     ids=str,
 )
 def test_worse_figures_are_noticed(change):
-    before = {"registers": [100, 80], "spilled": [0, 0], "shared": [16384, 64], "bytes": 2005}
-    assert not worse({"row": before}, {"row": before})
-    (line,) = worse({"row": before}, {"row": before | change})
+    before = {"registers": [100, 80], "spilled": [0, 0], "shared": [16384, 64], "memory": 2005}
+    assert not rules.worse({"row": before}, {"row": before})
+    (line,) = rules.worse({"row": before}, {"row": before | change})
     ((name, value),) = change.items()
     assert line == f"row: {name} was {before[name]}, is {value}"
 
 
 def test_better_figures_and_other_rows_are_not_worse():
-    before = {"registers": [100, 80], "spilled": [8, 0], "shared": [16384, 64], "bytes": 2005}
-    better = {"registers": [99], "spilled": [0], "shared": [16384], "bytes": 2004}  # one kernel less
-    assert not worse({"row": before, "gone": before}, {"row": better, "new": before})
+    before = {"registers": [100, 80], "spilled": [8, 0], "shared": [16384, 64], "memory": 2005}
+    better = {"registers": [104], "spilled": [0], "shared": [16384], "memory": 2004}  # one kernel less, and as many registers allocated
+    assert not rules.worse({"row": before, "gone": before}, {"row": better, "new": before})
 
 
 def test_frozen_figures_are_compared(monkeypatch, tmp_path, capsys):
     """From the command's --freeze to its next run, in which a kernel takes more registers and breaks a rule."""
-    monkeypatch.setattr(audit, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(audit, "audit", lambda problems, targets, jobs: [ROW])
-    assert audit.frozen() == {}
-    assert audit.main(["--freeze"]) == 0
-    frozen = json.loads(audit.frozen_path().read_text())
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "audit", lambda problems, targets, jobs: [ROW])
+    assert rules.frozen() == {}
+    assert command.main(["--freeze"]) == 0
+    frozen = json.loads(rules.frozen_path().read_text())
     assert frozen["triton"] == triton.__version__ and {"commit", "changed", "date", "rows"} < frozen.keys()
-    assert audit.frozen() == figures([ROW])
+    assert rules.frozen() == rules.figures([ROW])
     assert "1 rows, 0 broken rules" in capsys.readouterr().out
 
     spilling = ROW._replace(kernels=[KERNEL._replace(registers=128, spilled=16)])
-    monkeypatch.setattr(audit, "audit", lambda problems, targets, jobs: [spilling])
-    assert audit.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 1
+    monkeypatch.setattr(command, "audit", lambda problems, targets, jobs: [spilling])
+    assert command.main(["--quick", "--json", str(tmp_path / "rows.json")]) == 1
     shown = capsys.readouterr().out
     assert f"worse than frozen: {ROW.key}: registers was [100], is [128]" in shown
-    assert f"{ROW.key}: _rms_norm_fwd_kernel spills 16 bytes a thread" in shown
+    assert f"{ROW.key}: _rms_norm_fwd_kernel spills 16 bytes per thread" in shown
     (found,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert found["broken"] == broken_rules(spilling) and found["kernels"][0]["spilled"] == 16 and found["n"] == 4096
+    assert found["broken"] == rules.broken(spilling) and found["kernels"][0]["spilled"] == 16 and found["n"] == 4096
 
 
 def test_an_arbitrary_part_is_not_frozen(capsys):
     with pytest.raises(SystemExit):
-        audit.main(["--freeze", "--n", "64"])
+        command.main(["--freeze", "--n", "64"])
     assert "--freeze takes no part but --quick" in capsys.readouterr().err
+
+
+def test_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    chosen = [
+        ROW._replace(target=target, problem=Problem(8192, n, direction, variant), kernels=[KERNEL._replace(spilled=8 * (n > 4096))])
+        for target, variant in (("sm_90", "plain"), ("sm_90", "gate"), ("gfx942", "plain"))
+        for direction in ("forward", "backward")
+        for n in (64, 4096, 16384)
+    ]
+    figures = rules.figures([*chosen, ROW._replace(problem=Problem(8192, 64, dtype="fp32"))])
+    for version in ("3.9.0", "3.10.0"):
+        records.write(tmp_path / f"audit-{version}.json", {"triton": version, "figures": figures}, lines="figures")
+    assert plot.main([]) == 0
+    (drawn,) = tmp_path.glob("*.png")
+    assert drawn.name == "audit-3.10.0.png" and drawn.stat().st_size > 20_000
+    assert str(drawn) in capsys.readouterr().out
+
+    frozen = {"triton": "3.9.0", "figures": figures}
+    found = picture.find(frozen, "plain", "gate")
+    assert found.keys() == {(row.target, row.problem) for row in chosen}
+    assert found["sm_90", PLAIN] == rules.figures([ROW])[ROW.key]
+    assert len(picture.heat_maps(frozen).axes) == 2 * 6  # maps and their color bars
 
 
 def test_accesses():
@@ -191,56 +229,104 @@ define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) readonly %1, i32
     assert accesses(code, ["X", "Y"]) == [("X", "load", 16), ("X", "async", 16), ("Y", "store", 8)]
 
 
+SASS = """
+        /*0000*/                   S2R R0, SR_TID.X ;      /* 0x1 */
+        /*0010*/                   LDG.E.128 R4, [R2.64] ; /* 0x1 */
+        /*0020*/                   NOP ;                   /* 0x1 */
+        /*0030*/              @!P0 BRA 0x10 ;              /* 0x1 */
+        /*0040*/                   STG.E.128 [R2.64], R4 ; /* 0x1 */
+        /*0050*/                   EXIT ;                  /* 0x1 */
+        /*0060*/                   BRA 0x60 ;              /* 0x1 */
+"""
+AMDGCN = """
+_kernel:
+	s_load_dwordx2 s[0:1], s[4:5], 0x0
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+	global_load_dwordx4 v[0:3], v4, s[0:1]
+	s_waitcnt vmcnt(0)
+	global_store_dwordx4 v4, v[0:3], s[0:1]
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+"""
+
+
+def test_instructions():
+    """Those of loops over memory; of a kernel without such a loop all that run."""
+    assert instructions(SASS) == (2, 0)
+    assert instructions(SASS.replace("BRA 0x10 ", "BRA 0x40 ")) == (6, 1)
+    assert instructions(AMDGCN) == (4, 1)
+
+
+def test_narrow_products():
+    """Offsets have to be multiplied in 64 bits, except for a program's index with a constant."""
+    code = "%c = arith.constant 128 : i32\n %a = arith.muli %pid, %c : i32\n"
+    assert narrow_products(code + "%b = arith.muli %rows, %stride : tensor<4xi64>") == []
+    assert len(narrow_products(code + "%b = arith.muli %rows, %stride : tensor<4xi32>\n %d = arith.muli %pid, %stride : i32")) == 2
+
+
+def policies_in_ptx() -> list[bool]:
+    """Whether the cache policies of a configuration are in the code, forward and backward."""
+    target, choose = TARGETS["sm_80"], table.choose
+    table.choose = lambda key, device: replace(choose(key, device), load_policy="evict_first", store_policy=".cs")
+    found = []
+    for direction in ("forward", "backward"):
+        recorded = launches(Problem(64, 1024, direction), target.device)[0]
+        arguments = [*recorded.pointers.values(), *recorded.launch.arguments]
+        ptx = compile_for(recorded.launch.kernel, arguments, recorded.launch.options, target.gpu).asm["ptx"]
+        found.append("evict_first" in ptx and "st.global.cs" in ptx)
+    return found
+
+
+@pytest.mark.slow
+def test_cache_policies_reach_the_code():
+    assert compiled(policies_in_ptx) == [True, True]
+
+
 needs_interpreter = pytest.mark.skipif(not launch.INTERPRETED, reason="bytes are counted in the interpreter")
-SMALL = tuning.Device("small", "cuda", num_sms=2, shared_memory=tuning.SM_90.shared_memory)
-
-
-def count_all(problem: Problem, rows: int, device: tuning.Device) -> tuple[Counter, Counter]:
-    """Bytes loaded and stored by all programs over all rows."""
-    from bench.traffic import count
-
-    total = Counter(), Counter()
-    for recorded in launches(problem, rows, device, "cpu").recorded:
-        for moved, counted in zip(total, count(recorded, recorded.launch.grid), strict=True):
-            moved.update(counted)
-    return total
+SMALL = Device("small", "cuda", num_sms=2, shared_memory=SM_90.shared_memory)
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("variant", "n"), [("plain", 96), ("plain", 40000), ("groups", 96), ("add_fp32", 1000), ("gate_first", 1000)])
+@pytest.mark.parametrize(("variant", "n"), [("plain", 96), ("plain", 40000), ("groups", 96), ("residual_fp32", 1000), ("gate_first", 1000)])
 def test_bytes_of_all_rows_follow_from_those_of_two_tiles(variant, n):
-    from bench.traffic import traffic
+    from bench.audit.traffic import count, traffic
 
     for direction in ("forward", "backward"):
-        problem = Problem(direction, variant, "bf16", "bf16", n)
-        rows = 5 * launches(problem, 1, SMALL).recorded[0].launch.values["BLOCK_M"]  # not as many tiles for each of the programs
-        found = traffic(problem, rows, SMALL)
-        assert (found.loaded, found.stored) == count_all(problem, rows, SMALL)
+        problem = Problem(1, n, direction, variant)
+        problem = problem._replace(m=5 * launches(problem, SMALL)[0].launch.values["BLOCK_M"])  # not as many tiles for each program
+        found, total = traffic(problem, SMALL), (Counter(), Counter())
+        for recorded in launches(problem, SMALL, "cpu"):
+            for moved, counted in zip(total, count(recorded, recorded.launch.grid), strict=True):
+                moved.update(counted)
+        assert (found.loaded, found.stored) == total
 
 
 @needs_interpreter
 def test_a_second_read_is_counted(monkeypatch):
-    from bench.traffic import traffic
+    """Of rows it is memory traffic, of the weight it is not."""
+    from bench.audit.traffic import traffic
 
     for problem in (PLAIN, BACKWARD):
-        assert set(traffic(problem, 8192, DEVICES["sm_90"]).reads.values()) == {1}
-    blocked = tuning.Config(1, 1024, 4, 1, 3, 132)
-    launch.forget()
-    with monkeypatch.context() as patched:
-        patched.setattr(measured, "choose", lambda key, device: blocked)
-        assert traffic(PLAIN, 8192, DEVICES["sm_90"]).reads == {"X": 2}
-        assert traffic(BACKWARD, 8192, DEVICES["sm_90"]).reads == {"DY": 2, "X": 2}
-    launch.forget()
+        found = traffic(problem, DEVICES["sm_90"])
+        assert set(found.reads.values()) == {1}
+        assert found.cached == {"W": found.loaded["W"] - 2 * 4096}
+    monkeypatch.setattr(table, "choose", lambda key, device: Config(1, 1024, 4, 1, 3, 132))
+    assert traffic(PLAIN, DEVICES["sm_90"]).reads == {"X": 2}
+    assert traffic(BACKWARD, DEVICES["sm_90"]).reads == {"DY": 2, "X": 2}
 
 
 def test_a_configuration_that_depends_on_rows_is_noticed(monkeypatch):
-    assert not any(audit.depends_on_rows(problem, tuning.SM_90) for problem in (PLAIN, BACKWARD))
+    assert not any(depends_on_rows(problem, SM_90) for problem in (PLAIN, BACKWARD))
     prepare = plan.forward_launch
 
-    def by_rows(spec, device, x, weight, *rest):
-        warps = 4 if x.shape[0] < 1000 else 8
-        return prepare(spec, device, x, weight, *rest, config=tuning.Config(1, 4096, warps, 1, 1, 132))
+    def by_rows(spec, device, x, *rest):
+        return prepare(spec, device, x, *rest, config=Config(1, 4096, 4 if x.shape[0] < 1000 else 8, 1, 1, 132))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(plan, "forward_launch", by_rows)
-        assert audit.depends_on_rows(PLAIN, tuning.SM_90)
+    monkeypatch.setattr(plan, "forward_launch", by_rows)
+    assert depends_on_rows(PLAIN, SM_90)
+
+
+def test_launches_are_recorded_and_do_not_run():
+    forward, backward = (launches(problem, SM_90) for problem in (PLAIN, BACKWARD))
+    assert [recorded.step for recorded in (*forward, *backward)] == ["forward", "backward", "sum_partials"]
+    assert tensors(forward[0]).keys() == {"X", "W", "Y", "RSTD"} and tensors(forward[0])["X"].is_meta

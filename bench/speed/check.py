@@ -1,7 +1,4 @@
-"""How it is timed: a call of one pass of a norm, checked against the reference in fp64 first, then timed with a cold L2.
-
-The error budget is 2 x the largest error of the same formulas in plain torch, plus one ulp.
-"""
+"""How it is timed: a call of one direction of a norm, checked against the exact result first, then timed with a cold L2."""
 
 from collections.abc import Callable
 from statistics import quantiles
@@ -12,14 +9,16 @@ from torch import Tensor
 
 from bench.problem import Data, Problem
 from bench.providers import Norm
-from triton_rmsnorm import reference
+from triton_rmsnorm import testing
+from triton_rmsnorm.reference import Inputs
 from triton_rmsnorm.runtime import autotune
+from triton_rmsnorm.testing import Expected, Results
 
 Call = Callable[[], list[Tensor]]
 
 
 def make_call(problem: Problem, norm: Norm, data: Data) -> Call:
-    """One pass, ready to be repeated; it returns y and x + residual, or the gradients of data.inputs, or all of them."""
+    """One direction, ready to be repeated; it returns y and x + residual, or the gradients of data.inputs, or all of them."""
 
     def forward() -> list[Tensor]:
         outputs = norm(data.x, data.weight, data.residual, data.gate)
@@ -46,74 +45,29 @@ def make_call(problem: Problem, norm: Norm, data: Data) -> Call:
     return lambda: backward(outputs, retain_graph=True)
 
 
-class Expected(NamedTuple):
-    """What a call should return, exactly, and by how much it may miss."""
-
-    names: list[str]
-    exact: list[Tensor]
-    budget: list[float]  # besides one ulp of each element
-
-
-def expect(problem: Problem, data: Data) -> Expected:
-    def norm(x, weight, residual, gate):
-        y, _, residual_out = reference.forward(reference.Inputs(x, weight, residual, gate), problem.spec)
-        return y if residual_out is None else (y, residual_out)
-
-    def results(data: Data) -> list[Tensor]:
-        return [result.detach() for result in make_call(problem, norm, data)()]
-
-    names = [] if problem.direction == "backward" else ["y", "x + residual"][: len(data.cotangents)]
+def expect(problem: Problem, data: Data) -> dict[str, Expected]:
+    """What a call should return, exactly, and by how much it may miss; in the order in which it returns it."""
+    exact = testing.expected(Inputs(*data[:4]), data.dy, problem.spec, data.dresidual_out, rounded=True)
+    names = [] if problem.direction == "backward" else ["y", "residual_out"][: len(data.cotangents)]
     if problem.direction != "forward":
-        names += [f"d{name}" for name, tensor in zip(Data._fields[:4], data[:4], strict=True) if tensor is not None]
-    exact = results(Data(*(tensor if tensor is None else tensor.detach().double() for tensor in data)))
-    budget = [2 * _largest(torchs - truth) for torchs, truth in zip(results(data), exact, strict=True)]
-    if "dweight" in names:  # torch adds up rows in an order of its own; others are as good
-        i = names.index("dweight")
-        budget[i] = max(budget[i], 2 * _largest(_row_by_row(problem, data) - exact[i]))
-    return Expected(names, exact, budget)
+        names += [f"d{name}" for name, tensor in zip(data._fields[:4], data[:4], strict=True) if tensor is not None]
+    return {name: exact[name] for name in names}
 
 
-def _row_by_row(problem: Problem, data: Data) -> Tensor:
-    """dw in fp32, summed over rows in 512 steps one after the other."""
-    acc = torch.float32
-    with torch.no_grad():
-        spec = problem.spec
-        residual, gate = (None if tensor is None else tensor.to(acc) for tensor in (data.residual, data.gate))
-        products = data.dy.to(acc) * reference.forward(reference.Inputs(data.x.to(acc), None, residual, gate), spec).y
-    rows = products.reshape(-1, problem.n)
-    total = None
-    for step in rows.split(max(1, len(rows) // 512)):
-        total = step if total is None else torch.cat([total[: len(step)] + step, total[len(step) :]])
-    return total.sum(0)
-
-
-def _largest(difference: Tensor) -> float:
-    return difference.abs().max().item() if difference.numel() else 0.0
-
-
-def wrong(results: list[Tensor], expected: Expected) -> str:
+def wrong(results: list[Tensor], expected: dict[str, Expected]) -> str:
     """What is wrong with the results of a call; nothing if all elements are within the budget."""
-    if len(results) != len(expected.exact):
-        return f"{len(results)} results instead of {len(expected.exact)}"
-    for name, result, exact, budget in zip(expected.names, results, expected.exact, expected.budget, strict=True):
-        if result.shape != exact.shape:
-            return f"{name} has shape {(*result.shape,)}, not {(*exact.shape,)}"
-        excess = _largest_excess(result.detach(), exact, budget)
-        if not excess <= 0:  # also where it is NaN
-            return f"{name} is off by {excess + budget:.3g} more than one ulp, where {budget:.3g} is allowed"
-    return ""
-
-
-def _largest_excess(result: Tensor, exact: Tensor, budget: float) -> float:
-    """How far the worst element misses by more than the budget and one ulp of its dtype at its magnitude."""
-    info = torch.finfo(result.dtype)
-    _, exponent = torch.frexp(exact.abs().clamp_min(info.smallest_normal))
-    ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
-    return ((result.double() - exact).abs() - ulp).max().item() - budget
+    if len(results) != len(expected):
+        return f"{len(results)} results instead of {len(expected)}"
+    named: dict = {"y": None} | dict(zip(expected, results, strict=True))
+    try:
+        parts = testing.parts_of_budget(Results(**named), expected)
+    except AssertionError as error:  # a shape
+        return str(error)
+    return "; ".join(f"{name} takes {part:.3g} of its error budget" for name, part in parts.items() if not part <= 1)  # NaN neither
 
 
 class Timing(NamedTuple):
-    """Quartiles of the time of a call, in µs."""
+    """Quartiles of the time per call, in µs."""
 
     low_us: float
     us: float  # the median
@@ -125,8 +79,8 @@ class WrongError(Exception):
     """A result is over the budget."""
 
 
-def measure(problem: Problem, norm: Norm, data: Data, expected: Expected, seconds: float) -> Timing:
-    """Checks one pass, then times it. The gradients that arrive are restored each time: some providers write over them."""
+def measure(problem: Problem, norm: Norm, data: Data, expected: dict[str, Expected], seconds: float) -> Timing:
+    """Checks one call, then times it. The gradients that arrive are restored each time, since some providers write over them."""
     own = data._replace(dy=data.dy.clone(), dresidual_out=None if data.dresidual_out is None else data.dresidual_out.clone())
     call = make_call(problem, norm, own)
     if fault := wrong(call(), expected):

@@ -22,7 +22,8 @@ from bench import records
 from bench.problem import SUITES, Data, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, PROVIDERS, UnsupportedError, absent, path
 from bench.speed import check, report
-from bench.speed.check import Expected, WrongError
+from bench.speed.check import WrongError
+from triton_rmsnorm.testing import Expected
 
 MINUTES = {"quick": 4, "full": 10}
 SECONDS = 0.1  # of timing for each provider and problem
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["provider"] == OURS and row["status"] in ("failed", "wrong") for row in run["rows"]))
 
 
-def _row(problem: Problem, name: str, data: Data, expected: Expected) -> dict:
+def _row(problem: Problem, name: str, data: Data, expected: dict[str, Expected]) -> dict:
     row = {"problem": problem._asdict(), "provider": name, "bytes": problem.bytes, "status": "measured", "note": ""}
     try:
         if name == CEILING:

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import launch
+from triton_rmsnorm.runtime import launch, table
 
 DEVICE = launch.as_compiled(tuning.SM_90)
 
@@ -78,6 +78,7 @@ def stubbed() -> Iterator[Stub]:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder),
         launch.pretend(DEVICE),
+        mock.patch.object(table, "search", None, create=True),  # by time, of which there is none here
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
         mock.patch.object(torch._C, "_cuda_getDevice", lambda: -1, create=True),  # which is what a CPU tensor says
     ):
