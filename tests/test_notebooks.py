@@ -88,7 +88,7 @@ def test_pictures_are_there_and_fit_a_page(path):
     for picture in pictures(path):
         assert picture.startswith(PNG)
         width, height = (int.from_bytes(picture[i : i + 4]) for i in (16, 20))
-        assert 500 <= width <= 1000 and 250 <= height <= 1200, f"{width} x {height} pixels"
+        assert 500 <= width <= 1000 and 250 <= height <= 1500, f"{width} x {height} pixels"
     assert path.stat().st_size < 2_000_000
 
 

@@ -15,8 +15,10 @@ MEMORY = {"forward": 1.02, "backward": 1.05}  # bytes that may be moved, as mult
 
 
 def read_once(target: str, problem: Problem) -> int:
-    """Up to how many columns rows are to be read once: 131072 where there are clusters, 16384 where there are none (sm_80, gfx942, Triton
-    before 3.9). Half of that in two cases, in which a row would only fit by spilling (compiled):
+    """The largest number of columns for which rows must be read once.
+
+    It is 131072 where there are clusters and 16384 where there are none (sm_80, gfx942, Triton before 3.9). It is half of that in two cases,
+    in which a row would only fit by spilling (compiled):
 
     - the backward in fp64: 120 bytes per thread at 131072 columns in 16 thread blocks;
     - a backward that writes a gradient besides dx, where one NVIDIA thread block holds a row: 180 to 440 bytes per thread at 16384 columns.
@@ -29,7 +31,9 @@ def read_once(target: str, problem: Problem) -> int:
 
 
 def may_spill(target: str, problem: Problem) -> float:
-    """Bytes per thread: none on sm_90 and sm_100, except for rows where a second read is assumed to cost more (not measured). These are
+    """The largest number of bytes per thread that may be spilled.
+
+    On sm_90 and sm_100 it is 0, except for rows where a second read is assumed to cost more (not measured):
 
     - without clusters (Triton before 3.9), the longer half of those that are to be read once, and longer ones;
     - with clusters, the backward of a gate around which values are rounded, beyond 65536 columns.
