@@ -17,7 +17,7 @@ MEMORY = {"forward": 1.02, "backward": 1.05}  # bytes that may be moved, as mult
 def read_once(target: str, problem: Problem) -> int:
     """The largest number of columns for which rows must be read once.
 
-    It is 131072 where there are clusters and 16384 where there are none (sm_80, gfx942, Triton before 3.9). It is half of that in two cases,
+    It is 131072 where there are clusters and 16384 where there are none (sm_80, gfx942, Triton before 3.9), and half of that in two cases
     in which a row would only fit by spilling (compiled):
 
     - the backward in fp64: 120 bytes per thread at 131072 columns in 16 thread blocks;
