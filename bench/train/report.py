@@ -71,7 +71,7 @@ def picture(result: dict) -> "Figure":
     from matplotlib.figure import Figure
 
     runs = {name: run for name, run in result["runs"].items() if run["status"] == "measured"}
-    looks = styles(*sorted(runs, key=lambda name: "ours" not in name))
+    looks = {BASELINE: {"color": "0.75"}, **styles(*sorted(runs.keys() - {BASELINE}, key=lambda name: ("ours" not in name, name)))}
     timed = not result["interpreted"]
     figure = Figure(figsize=(13.0 if timed else 7.5, 6.5), layout="constrained")
     figure.suptitle(_title(result), fontsize=10)
@@ -86,7 +86,7 @@ def _draw_losses(top, bottom, runs: dict[str, dict], looks: dict[str, dict], tol
     rounding = torch.finfo(torch.float32).eps
     for name, run in runs.items():
         if name != CONTROL:
-            wide = {"linewidth": 5.0, "alpha": 0.7} if name == BASELINE else {"linewidth": 1.2, "linestyle": "--"}
+            wide = {"linewidth": 6.0} if name == BASELINE else {"linewidth": 1.2, "linestyle": "--", "zorder": 3}
             top.plot(run["losses"], color=looks[name]["color"], label=name, **wide)
         if name != BASELINE and BASELINE in runs:
             differences = [abs(a - b) for a, b in zip(run["losses"], runs[BASELINE]["losses"], strict=True)]
@@ -112,7 +112,7 @@ def _draw_bars(times, memory, runs: dict[str, dict], looks: dict[str, dict]) -> 
     def bars(axes, label: str, values: list[float], written: str) -> None:
         for row, (name, value) in enumerate(zip(runs, values, strict=True)):
             axes.barh(row, value, 0.62, color=looks[name]["color"])
-            axes.text(value + 0.07 * max(values), row, written.format(value), va="center", fontsize=9)
+            axes.text(1.38 * max(values), row, written.format(value), va="center", ha="right", fontsize=9)
         axes.set(xlabel=label, xlim=(0, 1.4 * max(values, default=0) or 1), yticks=range(len(runs)), yticklabels=runs)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
