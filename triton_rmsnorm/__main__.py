@@ -87,14 +87,14 @@ def describe(device: torch.device) -> str:
 
 
 def configurations(device: tuning.Device) -> str:
-    """What tuning.py chooses for rows of some lengths on `device`."""
+    """The configurations chosen for rows of some lengths on `device`."""
     rows = []
     for n in CONFIGURED:
-        for kind, choose in (("forward", tuning.forward_config), ("backward", tuning.backward_config)):
-            config = choose(n, 2, 2, device)
+        for direction in ("forward", "backward"):
+            config = tuning.analytic(tuning.Key(direction, n, 2, 2), device)
             tile = f"{config.block_m} x {config.block_n}"
             numbers = (config.num_warps, config.num_ctas, config.num_stages, config.programs)
-            rows.append((n if kind == "forward" else "", kind, tile, *numbers))
+            rows.append((n if direction == "forward" else "", direction, tile, *numbers))
     return table(("N", "kernel", "tile", "warps", "ctas", "stages", "programs"), rows)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: one forward, one backward, and two small helpers of the backward.
+"""The Triton kernels: two forwards, one backward, and two small helpers of the backward.
 
 With x_hat = u · rstd, rstd = (mean(u²) + eps)^(-1/2), wdy = w · dy and c1 = mean(x_hat · wdy), means taken over the N columns of a row:
 
@@ -8,14 +8,19 @@ With x_hat = u · rstd, rstd = (mean(u²) + eps)^(-1/2), wdy = w · dy and c1 = 
 
 where u is x itself, or x + residual, or x · g with g = activation(gate); g may instead multiply y.
 
-How a kernel covers its input. Programs are persistent: each loads the weight once, then walks over tiles of BLOCK_M rows, as many tiles
-apart as there are programs, while the loads of the next tiles are under way (NUM_STAGES). Grid axis 1 runs over groups: N columns each,
-with statistics and a slice of the weight of their own; most norms have one group. Where a row fits no tile (BLOCK_N < N), the forward
-walks over the row twice, and the backward takes c1 from a kernel of its own and spreads blocks of columns over grid axis 2.
+How a kernel covers its input. A tile is BLOCK_M rows of BLOCK_N columns. In the forward each program computes one tile, and the GPU hides
+the latency of one tile's loads behind the work on others. In the backward a fixed number of programs P walk over the tiles: program p takes
+every P-th tile, starting with the p-th, prefetches the next tiles (NUM_STAGES), and keeps its part of dw in registers until the end. Grid
+axis 1 runs over groups of N columns, each with its own statistics and its own slice of the weight; most norms have one group. Rows longer
+than a tile (N > BLOCK_N) are processed in blocks of columns: the forward reads such rows twice, and the backward takes c1 from a kernel of
+its own and spreads the blocks over grid axis 2.
 
-Rows are found through `sizes` and `strides`, tuples with the outermost dimension first (its size is not needed), so that any strided view
-is read in place; strides are counted in units of ROW_ALIGN elements, which is how the compiler learns the alignment of a row. What the
-kernels write is contiguous. A pointer that is None switches off what would need it.
+Tensors of rows may be strided. `sizes` and the tuples of strides describe their outer dimensions, outermost first, without the outermost
+size; strides are counted in units of ROW_ALIGN elements, which tells the compiler how rows are aligned. An empty tuple of strides means that
+the rows are contiguous. What the kernels write is contiguous. Passing None for a pointer compiles out the code that uses it.
+
+Results do not depend on what the compiler knows about M. The launches switch off the contraction of products and sums to fma, which the
+compiler would otherwise decide from the surrounding code; where an fma is wanted, it is written.
 """
 
 from dataclasses import dataclass
@@ -25,8 +30,8 @@ import triton.language as tl
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What a kernel does with each element, known when it is compiled. A dtype that is None stands for no rounding at that step."""
+class Arithmetic:
+    """What a kernel computes with each element, known at compile time. A dtype of None means no rounding at that step."""
 
     acc: tl.dtype  # of all arithmetic: fp32, or fp64 for fp64 input
     weight_offset: float = 0.0
@@ -36,49 +41,64 @@ class Steps:
     product_dtype: tl.dtype | None = None  # of w · x_hat where a gate follows
     activation: str | None = None
     norm_before_gate: bool = True
-    bf16_by_bits: bool = False  # the interpreter truncates to bf16 where a GPU rounds to nearest even
-    load_policy: str = ""  # eviction policy of loads of rows
-    store_policy: str = ""  # cache modifier of stores of rows
+    bf16_by_bits: bool = False  # for the interpreter, which truncates to bf16 where a GPU rounds to nearest even
 
 
 @triton.jit
-def _row_offsets(rows, sizes, strides, ROW_ALIGN: tl.constexpr):
+def _row_offsets(rows, sizes, strides, ROW_ALIGN: tl.constexpr, ROW_LENGTH: tl.constexpr):
     """Offset of the first element of each of `rows`, [BLOCK_M, 1], in 64 bits because M · N may exceed 2^31."""
-    offsets = tl.zeros_like(rows).to(tl.int64)
-    for i in tl.static_range(len(sizes), 0, -1):
-        offsets += (rows % sizes[i - 1]).to(tl.int64) * strides[i]
-        rows = rows // sizes[i - 1]
-    offsets += rows.to(tl.int64) * strides[0]
-    return (offsets * ROW_ALIGN)[:, None]
+    if len(strides) == 0:
+        return (rows.to(tl.int64) * ROW_LENGTH)[:, None]
+    else:
+        offsets = tl.zeros_like(rows).to(tl.int64)
+        for i in tl.static_range(len(sizes), 0, -1):
+            offsets += (rows % sizes[i - 1]).to(tl.int64) * strides[i]
+            rows = rows // sizes[i - 1]
+        offsets += rows.to(tl.int64) * strides[0]
+        return (offsets * ROW_ALIGN)[:, None]
 
 
 @triton.jit
-def _load(ROW, cols, mask, STEPS: tl.constexpr):
-    return tl.load(ROW + cols[None, :], mask=mask, other=0.0, eviction_policy=STEPS.load_policy).to(STEPS.acc)
+def _row_pointers(X, rows, sizes, strides, group_start, ROW_ALIGN: tl.constexpr, ROW_LENGTH: tl.constexpr):
+    """Pointers to column `group_start` of each of `rows`, [BLOCK_M, 1]; None stays None."""
+    if X is None:
+        pointers = X
+    else:
+        pointers = X + (_row_offsets(rows, sizes, strides, ROW_ALIGN, ROW_LENGTH) + group_start)
+    return pointers
 
 
 @triton.jit
-def _store(ROW, cols, value, mask, STEPS: tl.constexpr):
-    tl.store(ROW + cols[None, :], value.to(ROW.dtype.element_ty), mask=mask, cache_modifier=STEPS.store_policy)
+def _load(X_ROW, cols, mask, ARITHMETIC: tl.constexpr, POLICY: tl.constexpr):
+    return tl.load(X_ROW + cols[None, :], mask=mask, other=0.0, eviction_policy=POLICY).to(ARITHMETIC.acc)
 
 
 @triton.jit
-def _load_weight(W, stride_w, cols, mask, STEPS: tl.constexpr):
-    """Weight + offset as [1, BLOCK_N]; an fp64 weight stays fp64 and makes the product fp64, as torch promotes."""
-    w = tl.load(W + cols.to(tl.int64) * stride_w, mask=mask, other=0.0)
-    if W.dtype.element_ty != tl.float64:
-        w = w.to(STEPS.acc)
-    if STEPS.weight_offset != 0.0:
-        w += STEPS.weight_offset
-    return w[None, :]
+def _store(Y_ROW, cols, value, mask, POLICY: tl.constexpr):
+    tl.store(Y_ROW + cols[None, :], value.to(Y_ROW.dtype.element_ty), mask=mask, cache_modifier=POLICY)
 
 
 @triton.jit
-def _round(value, DTYPE: tl.constexpr, STEPS: tl.constexpr):
+def _load_weight(W, stride_w, cols, mask, ARITHMETIC: tl.constexpr):
+    """Weight + offset as [1, BLOCK_N], or None. An fp64 weight stays fp64 and makes the product fp64, as torch promotes."""
+    if W is None:
+        w = W
+    else:
+        w = tl.load(W + cols.to(tl.int64) * stride_w, mask=mask, other=0.0)
+        if W.dtype.element_ty != tl.float64:
+            w = w.to(ARITHMETIC.acc)
+        if ARITHMETIC.weight_offset != 0.0:
+            w += ARITHMETIC.weight_offset
+        w = w[None, :]
+    return w
+
+
+@triton.jit
+def _round(value, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr):
     """`value` rounded to DTYPE and back."""
     if DTYPE is None:
         return value
-    elif DTYPE == tl.bfloat16 and STEPS.bf16_by_bits:
+    elif DTYPE == tl.bfloat16 and ARITHMETIC.bf16_by_bits:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return tl.where(value == value, rounded, value).to(value.dtype)
@@ -87,220 +107,275 @@ def _round(value, DTYPE: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _activate(z, STEPS: tl.constexpr):
-    """g = activation(z) and dg/dz; the compiler drops what is not used of the two."""
-    if STEPS.activation == "silu":
-        s = tl.sigmoid(z)
-        return z * s, s * (1.0 + z * (1.0 - s))
-    elif STEPS.activation == "sigmoid":
-        s = tl.sigmoid(z)
-        return s, s * (1.0 - s)
-    elif STEPS.activation == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        return z * cdf, cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    elif STEPS.activation == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return z * s, s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    else:
-        tl.static_assert(STEPS.activation == "relu")
-        return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
+def _fma(a, b, c):
+    """a · b + c, rounded once, in the dtype of c."""
+    return tl.fma(a.to(c.dtype), b.to(c.dtype), c)
 
 
 @triton.jit
-def _norm_input(X, RESIDUAL, GATE, cols, mask, STEPS: tl.constexpr):
-    """u [BLOCK_M, BLOCK_N]: x, or x + residual as the residual stream holds it, or x · g."""
-    u = _load(X, cols, mask, STEPS)
-    if RESIDUAL is not None:
-        u = _round(u + _load(RESIDUAL, cols, mask, STEPS), STEPS.residual_dtype, STEPS)
-    if GATE is not None and not STEPS.norm_before_gate:
-        u *= _activate(_load(GATE, cols, mask, STEPS), STEPS)[0]
+def _rsqrt(v):
+    """v^(-1/2), also for subnormal fp32 v, for which the instruction of GPUs gives inf."""
+    if v.dtype == tl.float32:
+        tiny = v < 1.1754943508222875e-38
+        return tl.rsqrt(tl.where(tiny, v * 16777216.0, v)) * tl.where(tiny, 4096.0, 1.0)
+    else:
+        return tl.rsqrt(v)
+
+
+@triton.jit
+def _activate(z, ARITHMETIC: tl.constexpr):
+    """g = activation(z) and its slope dg/dz. The compiler drops the one that is not used."""
+    if ARITHMETIC.activation == "silu":
+        s = tl.sigmoid(z)
+        return z * s, s * (1.0 + z * (1.0 - s))
+    elif ARITHMETIC.activation == "sigmoid":
+        s = tl.sigmoid(z)
+        return s, s * (1.0 - s)
+    elif ARITHMETIC.activation == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        return z * cdf, cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif ARITHMETIC.activation == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return z * s, s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    else:
+        tl.static_assert(ARITHMETIC.activation == "relu")
+        return tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0).to(z.dtype)  # comparisons that let NaN pass, as torch's
+
+
+@triton.jit
+def _norm_input(X_ROW, RESIDUAL_ROW, GATE_ROW, cols, mask, ARITHMETIC: tl.constexpr, POLICY: tl.constexpr):
+    """u [BLOCK_M, BLOCK_N]: x, or x + residual rounded as the residual stream stores it, or x · g."""
+    u = _load(X_ROW, cols, mask, ARITHMETIC, POLICY)
+    if RESIDUAL_ROW is not None:
+        u = _round(u + _load(RESIDUAL_ROW, cols, mask, ARITHMETIC, POLICY), ARITHMETIC.residual_dtype, ARITHMETIC)
+    if GATE_ROW is not None and not ARITHMETIC.norm_before_gate:
+        u *= _activate(_load(GATE_ROW, cols, mask, ARITHMETIC, POLICY), ARITHMETIC)[0]
     return u
 
 
 @triton.jit
-def _x_hat(u, rstd, STEPS: tl.constexpr):
-    return _round(u * _round(rstd, STEPS.rstd_dtype, STEPS), STEPS.x_hat_dtype, STEPS)
+def _x_hat(u, rstd, ARITHMETIC: tl.constexpr):
+    return _round(u * _round(rstd, ARITHMETIC.rstd_dtype, ARITHMETIC), ARITHMETIC.x_hat_dtype, ARITHMETIC)
 
 
 @triton.jit
-def _norm_output(u, rstd, w, GATE, cols, mask, STEPS: tl.constexpr):
+def _norm_output(u, rstd, w, GATE_ROW, cols, mask, ARITHMETIC: tl.constexpr, POLICY: tl.constexpr):
     """y [BLOCK_M, BLOCK_N]: w · x_hat, or w · x_hat · g."""
-    y = _x_hat(u, rstd, STEPS)
+    y = _x_hat(u, rstd, ARITHMETIC)
     if w is not None:
         y = y * w
-    if GATE is not None and STEPS.norm_before_gate:
-        y = _round(y, STEPS.product_dtype, STEPS) * _activate(_load(GATE, cols, mask, STEPS), STEPS)[0]
+    if GATE_ROW is not None and ARITHMETIC.norm_before_gate:
+        gate, _ = _activate(_load(GATE_ROW, cols, mask, ARITHMETIC, POLICY), ARITHMETIC)
+        y = _round(y, ARITHMETIC.product_dtype, ARITHMETIC) * gate
     return y
 
 
-@triton.jit
+# Integers that depend on the batch are not specialized: one compiled kernel serves any number of rows.
+@triton.jit(do_not_specialize=["M", "sizes", "x_strides", "residual_strides", "gate_strides"])
 def _rms_norm_fwd_kernel(
-    X,  # [M, groups · N], strided
-    W,  # [groups · N], strided, or None
-    RESIDUAL,  # [M, groups · N], strided, or None
-    GATE,  # [M, groups · N], strided, or None
-    Y,  # [M, groups · N]
-    RSTD,  # [M, groups], or None
-    RESIDUAL_OUT,  # [M, groups · N], or None
-    M,
+    X,  # [M, GROUPS · N], strided
+    W,  # [GROUPS · N], strided, or None
+    RESIDUAL,  # as X, or None
+    GATE,  # as X, or None
+    Y,  # [M, GROUPS · N]
+    RSTD,  # [M, GROUPS], or None
+    RESIDUAL_OUT,  # [M, GROUPS · N], or None
+    M: tl.int32,
     sizes,
     x_strides,
     residual_strides,
     gate_strides,
     stride_w,
-    eps: tl.float64,  # annotated so that all of it arrives; used in acc
-    STEPS: tl.constexpr,
+    eps: tl.float64,  # fp64 so that no digits are lost at launch; converted to the accumulator dtype below
+    ARITHMETIC: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,  # load the weight before the row's sum instead of after it
+    LOAD_POLICY: tl.constexpr,
+    STORE_POLICY: tl.constexpr,
+):
+    """Rows that fit a tile: each is read once, and u stays in registers between the sum and the product."""
+    group = tl.program_id(1)
+    group_start = group * N
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    x_row = _row_pointers(X, rows, sizes, x_strides, group_start, ROW_ALIGN, GROUPS * N)
+    residual_row = _row_pointers(RESIDUAL, rows, sizes, residual_strides, group_start, ROW_ALIGN, GROUPS * N)
+    gate_row = _row_pointers(GATE, rows, sizes, gate_strides, group_start, ROW_ALIGN, GROUPS * N)
+    out_row = _row_offsets(rows, sizes, (), ROW_ALIGN, GROUPS * N) + group_start
+
+    if WEIGHT_FIRST:
+        w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
+    u = _norm_input(x_row, residual_row, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)  # [BLOCK_M, BLOCK_N]
+    rstd = _rsqrt(tl.sum(u * u, axis=1) / N + tl.full([], eps, ARITHMETIC.acc))  # [BLOCK_M]
+    if not WEIGHT_FIRST:
+        w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
+    y = _norm_output(u, rstd[:, None], w, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+
+    if RSTD is not None:
+        tl.store(RSTD + rows.to(tl.int64) * GROUPS + group, rstd, mask=rows < M)
+    if RESIDUAL_OUT is not None:
+        _store(RESIDUAL_OUT + out_row, cols, u, mask, STORE_POLICY)
+    _store(Y + out_row, cols, y, mask, STORE_POLICY)
+
+
+@triton.jit(do_not_specialize=["M", "sizes", "x_strides", "residual_strides", "gate_strides"])
+def _rms_norm_fwd_blocked_kernel(
+    X,
+    W,
+    RESIDUAL,
+    GATE,
+    Y,
+    RSTD,
+    RESIDUAL_OUT,
+    M: tl.int32,
+    sizes,
+    x_strides,
+    residual_strides,
+    gate_strides,
+    stride_w,
+    eps: tl.float64,
+    ARITHMETIC: tl.constexpr,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    LOAD_POLICY: tl.constexpr,
+    STORE_POLICY: tl.constexpr,
 ):
+    """Rows longer than a tile, in blocks of columns: read once for the sum and again for the product. Arguments as above."""
     group = tl.program_id(1)
-    groups = tl.num_programs(1)
-    first = group * N
-    cols = tl.arange(0, BLOCK_N)
-    eps = tl.full([], eps, STEPS.acc)
-    w = None
-    if BLOCK_N >= N and W is not None:
-        w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
+    group_start = group * N
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_row = _row_pointers(X, rows, sizes, x_strides, group_start, ROW_ALIGN, GROUPS * N)
+    residual_row = _row_pointers(RESIDUAL, rows, sizes, residual_strides, group_start, ROW_ALIGN, GROUPS * N)
+    gate_row = _row_pointers(GATE, rows, sizes, gate_strides, group_start, ROW_ALIGN, GROUPS * N)
+    out_row = _row_offsets(rows, sizes, (), ROW_ALIGN, GROUPS * N) + group_start
 
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        in_rows = (rows < M)[:, None]
-        out_row = (rows.to(tl.int64) * (groups * N))[:, None] + first
-        x_row = X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN) + first
-        y_row = Y + out_row
-        residual_row = None
-        gate_row = None
-        if RESIDUAL is not None:
-            residual_row = RESIDUAL + _row_offsets(rows, sizes, residual_strides, ROW_ALIGN) + first
-        if GATE is not None:
-            gate_row = GATE + _row_offsets(rows, sizes, gate_strides, ROW_ALIGN) + first
+    squares = tl.zeros([BLOCK_M, BLOCK_N], ARITHMETIC.acc)
+    for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        u = _norm_input(x_row, residual_row, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        squares = _fma(u, u, squares)
+    rstd = _rsqrt(tl.sum(squares, axis=1) / N + tl.full([], eps, ARITHMETIC.acc))
+    if RSTD is not None:
+        tl.store(RSTD + rows.to(tl.int64) * GROUPS + group, rstd, mask=rows < M)
 
-        if BLOCK_N >= N:
-            mask = in_rows & (cols < N)[None, :]
-            u = _norm_input(x_row, residual_row, gate_row, cols, mask, STEPS)
-            sum_of_squares = tl.sum(u * u, axis=1)
-        else:
-            squares = tl.zeros([BLOCK_M, BLOCK_N], STEPS.acc)
-            for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
-                block = start + cols
-                u = _norm_input(x_row, residual_row, gate_row, block, in_rows & (block < N)[None, :], STEPS)
-                squares += u * u
-            sum_of_squares = tl.sum(squares, axis=1)
-
-        rstd = tl.rsqrt(sum_of_squares / N + eps)
-        if RSTD is not None:
-            tl.store(RSTD + rows.to(tl.int64) * groups + group, rstd, mask=rows < M)
-
-        if BLOCK_N >= N:
-            if RESIDUAL_OUT is not None:
-                _store(RESIDUAL_OUT + out_row, cols, u, mask, STEPS)
-            _store(y_row, cols, _norm_output(u, rstd[:, None], w, gate_row, cols, mask, STEPS), mask, STEPS)
-        else:
-            for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
-                block = start + cols
-                mask = in_rows & (block < N)[None, :]
-                u = _norm_input(x_row, residual_row, gate_row, block, mask, STEPS)
-                if RESIDUAL_OUT is not None:
-                    _store(RESIDUAL_OUT + out_row, block, u, mask, STEPS)
-                w_block = None
-                if W is not None:
-                    w_block = _load_weight(W, stride_w, first + block, block < N, STEPS)
-                _store(y_row, block, _norm_output(u, rstd[:, None], w_block, gate_row, block, mask, STEPS), mask, STEPS)
+    for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        u = _norm_input(x_row, residual_row, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
+        y = _norm_output(u, rstd[:, None], w, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        if RESIDUAL_OUT is not None:
+            _store(RESIDUAL_OUT + out_row, cols, u, mask, STORE_POLICY)
+        _store(Y + out_row, cols, y, mask, STORE_POLICY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "sizes", "dy_strides", "dresidual_out_strides", "x_strides", "gate_strides"])
 def _rms_norm_bwd_kernel(
-    DY,  # [M, groups · N], strided
-    DRESIDUAL_OUT,  # the same, or None
-    X,  # [M, groups · N], strided: x, or x + residual
-    W,  # [groups · N], strided, or None
-    GATE,  # [M, groups · N], strided, or None
-    RSTD,  # [M, groups]
-    C1,  # [M, groups], or None where a row fits a tile
-    DX,  # [M, groups · N], or None
-    DW_PARTIAL,  # [programs, groups · N], or None
-    DRESIDUAL,  # [M, groups · N], or None where DX has its dtype and serves for both
-    DGATE,  # [M, groups · N], or None
-    M,
+    DY,  # [M, GROUPS · N], strided
+    DRESIDUAL_OUT,  # as DY, or None
+    X,  # as DY: what was normalized, x or x + residual
+    W,  # [GROUPS · N], strided, or None
+    GATE,  # as DY, or None
+    RSTD,  # [M, GROUPS]
+    C1,  # [M, GROUPS], or None where a row fits a tile
+    DX,  # [M, GROUPS · N], or None
+    DW_PARTIAL,  # [programs, GROUPS · N], or None
+    DRESIDUAL,  # as DX, or None; also None where DX has its dtype and serves for both
+    DGATE,  # as DX, or None
+    M: tl.int32,
     sizes,
     dy_strides,
     dresidual_out_strides,
     x_strides,
     gate_strides,
     stride_w,
-    STEPS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    LOAD_POLICY: tl.constexpr,
+    STORE_POLICY: tl.constexpr,
 ):
-    GATE_FIRST: tl.constexpr = GATE is not None and not STEPS.norm_before_gate
-    GATE_LAST: tl.constexpr = GATE is not None and STEPS.norm_before_gate
+    GATE_FIRST: tl.constexpr = GATE is not None and not ARITHMETIC.norm_before_gate
+    GATE_LAST: tl.constexpr = GATE is not None and ARITHMETIC.norm_before_gate
     NEEDS_DU: tl.constexpr = DX is not None or DRESIDUAL is not None or (GATE_FIRST and DGATE is not None)
     group = tl.program_id(1)
-    groups = tl.num_programs(1)
-    first = group * N
+    group_start = group * N
     cols = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = None
-    if W is not None:
-        w = _load_weight(W, stride_w, first + cols, cols < N, STEPS)
+    w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)  # [1, BLOCK_N]
     if DW_PARTIAL is not None:
         dw = tl.zeros([BLOCK_M, BLOCK_N], DW_PARTIAL.dtype.element_ty)
 
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        scalars = rows.to(tl.int64) * groups + group
-        out_row = (rows.to(tl.int64) * (groups * N))[:, None] + first
+        row_stats = rows.to(tl.int64) * GROUPS + group  # offsets into RSTD and C1
+        out_row = _row_offsets(rows, sizes, (), ROW_ALIGN, GROUPS * N) + group_start
+        x_row = _row_pointers(X, rows, sizes, x_strides, group_start, ROW_ALIGN, GROUPS * N)
+        dy_row = _row_pointers(DY, rows, sizes, dy_strides, group_start, ROW_ALIGN, GROUPS * N)
 
-        x = _load(X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN) + first, cols, mask, STEPS)
-        dy = _load(DY + _row_offsets(rows, sizes, dy_strides, ROW_ALIGN) + first, cols, mask, STEPS)
-        rstd = tl.load(RSTD + scalars, mask=rows < M, other=0.0)[:, None]
+        x = _load(x_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        dy = _load(dy_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        rstd = tl.load(RSTD + row_stats, mask=rows < M, other=0.0)[:, None]
         u = x
+        dproduct = dy  # gradient of w · x_hat
         if GATE is not None:
-            z = _load(GATE + _row_offsets(rows, sizes, gate_strides, ROW_ALIGN) + first, cols, mask, STEPS)
-            g, dg = _activate(z, STEPS)
-        if GATE_FIRST:
-            u = x * g
-            dg *= x
-        x_hat = _x_hat(u, rstd, STEPS)
-        if GATE_LAST:
-            dg *= dy
-            dy *= g
+            gate_row = _row_pointers(GATE, rows, sizes, gate_strides, group_start, ROW_ALIGN, GROUPS * N)
+            gate, gate_slope = _activate(_load(gate_row, cols, mask, ARITHMETIC, LOAD_POLICY), ARITHMETIC)
+            if GATE_FIRST:
+                u = x * gate
+            else:
+                dproduct = dy * gate
+        x_hat = _x_hat(u, rstd, ARITHMETIC)
 
         if DW_PARTIAL is not None:
-            dw += dy * x_hat
+            dw = _fma(dproduct, x_hat, dw)
         if NEEDS_DU:
-            wdy = dy if w is None else dy * w
+            wdy = dproduct
+            if w is not None:
+                wdy = dproduct * w
             if C1 is not None:
-                c1 = tl.load(C1 + scalars, mask=rows < M, other=0.0)
+                c1 = tl.load(C1 + row_stats, mask=rows < M, other=0.0)
             else:
                 c1 = tl.sum(x_hat * wdy, axis=1) / N
-            du = (wdy - x_hat * c1[:, None]) * rstd
+            du = _fma(x_hat, -c1[:, None], wdy) * rstd
             if DRESIDUAL_OUT is not None:
-                du += _load(DRESIDUAL_OUT + _row_offsets(rows, sizes, dresidual_out_strides, ROW_ALIGN) + first, cols, mask, STEPS)
+                dresidual_out_row = _row_pointers(DRESIDUAL_OUT, rows, sizes, dresidual_out_strides, group_start, ROW_ALIGN, GROUPS * N)
+                du += _load(dresidual_out_row, cols, mask, ARITHMETIC, LOAD_POLICY)
             if DRESIDUAL is not None:
-                _store(DRESIDUAL + out_row, cols, du, mask, STEPS)
+                _store(DRESIDUAL + out_row, cols, du, mask, STORE_POLICY)
             if GATE_FIRST:
                 if DGATE is not None:
-                    _store(DGATE + out_row, cols, du * dg, mask, STEPS)
-                du *= g
+                    _store(DGATE + out_row, cols, du * x * gate_slope, mask, STORE_POLICY)
+                du *= gate
             if DX is not None:
-                _store(DX + out_row, cols, du, mask, STEPS)
+                _store(DX + out_row, cols, du, mask, STORE_POLICY)
         if GATE_LAST and DGATE is not None:
-            product = x_hat if w is None else x_hat * w
-            _store(DGATE + out_row, cols, dg * _round(product, STEPS.product_dtype, STEPS), mask, STEPS)
+            product = x_hat
+            if w is not None:
+                product = x_hat * w
+            dgate = dy * _round(product, ARITHMETIC.product_dtype, ARITHMETIC) * gate_slope
+            _store(DGATE + out_row, cols, dgate, mask, STORE_POLICY)
 
     if DW_PARTIAL is not None:
-        partial = DW_PARTIAL + tl.program_id(0).to(tl.int64) * (groups * N) + first
+        partial = DW_PARTIAL + tl.program_id(0).to(tl.int64) * (GROUPS * N) + group_start
         tl.store(partial + cols, tl.sum(dw, axis=0), mask=cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "sizes", "dy_strides", "x_strides", "gate_strides"])
 def _rms_norm_bwd_c1_kernel(
     DY,
     X,
@@ -308,51 +383,50 @@ def _rms_norm_bwd_c1_kernel(
     GATE,
     RSTD,
     C1,
-    M,
+    M: tl.int32,
     sizes,
     dy_strides,
     x_strides,
     gate_strides,
     stride_w,
-    STEPS: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LOAD_POLICY: tl.constexpr,
 ):
-    """c1 of rows that fit no tile, one tile a program; arguments as in _rms_norm_bwd_kernel."""
+    """c1 of rows longer than a tile, one tile per program; arguments as in _rms_norm_bwd_kernel."""
     group = tl.program_id(1)
-    groups = tl.num_programs(1)
-    first = group * N
+    group_start = group * N
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    scalars = rows.to(tl.int64) * groups + group
-    x_row = X + _row_offsets(rows, sizes, x_strides, ROW_ALIGN) + first
-    dy_row = DY + _row_offsets(rows, sizes, dy_strides, ROW_ALIGN) + first
-    if GATE is not None:
-        gate_row = GATE + _row_offsets(rows, sizes, gate_strides, ROW_ALIGN) + first
-    rstd = tl.load(RSTD + scalars, mask=rows < M, other=0.0)[:, None]
+    row_stats = rows.to(tl.int64) * GROUPS + group
+    x_row = _row_pointers(X, rows, sizes, x_strides, group_start, ROW_ALIGN, GROUPS * N)
+    dy_row = _row_pointers(DY, rows, sizes, dy_strides, group_start, ROW_ALIGN, GROUPS * N)
+    gate_row = _row_pointers(GATE, rows, sizes, gate_strides, group_start, ROW_ALIGN, GROUPS * N)
+    rstd = tl.load(RSTD + row_stats, mask=rows < M, other=0.0)[:, None]
 
     products = tl.zeros([BLOCK_M, BLOCK_N], C1.dtype.element_ty)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        u = _load(x_row, cols, mask, STEPS)
-        dy = _load(dy_row, cols, mask, STEPS)
+        u = _load(x_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        wdy = _load(dy_row, cols, mask, ARITHMETIC, LOAD_POLICY)
         if GATE is not None:
-            g, _ = _activate(_load(gate_row, cols, mask, STEPS), STEPS)
-            if STEPS.norm_before_gate:
-                dy *= g
+            gate, _ = _activate(_load(gate_row, cols, mask, ARITHMETIC, LOAD_POLICY), ARITHMETIC)
+            if ARITHMETIC.norm_before_gate:
+                wdy *= gate
             else:
-                u *= g
-        wdy = dy
+                u *= gate
         if W is not None:
-            wdy *= _load_weight(W, stride_w, first + cols, cols < N, STEPS)
-        products += _x_hat(u, rstd, STEPS) * wdy
-    tl.store(C1 + scalars, tl.sum(products, axis=1) / N, mask=rows < M)
+            wdy *= _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
+        products = _fma(_x_hat(u, rstd, ARITHMETIC), wdy, products)
+    tl.store(C1 + row_stats, tl.sum(products, axis=1) / N, mask=rows < M)
 
 
-@triton.jit
-def _sum_partials_kernel(DW_PARTIAL, DW, programs, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=["programs"])
+def _sum_partials_kernel(DW_PARTIAL, DW, programs: tl.int32, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dw [COLS]: the sum over programs of DW_PARTIAL [programs, COLS], cast to the dtype of the weight."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_M, BLOCK_N], DW_PARTIAL.dtype.element_ty)

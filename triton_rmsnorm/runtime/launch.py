@@ -5,7 +5,6 @@ Under TRITON_INTERPRET=1, set before Triton is imported, the same launches run o
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -40,16 +39,15 @@ class Launch:
         options: Triton's options, by name.
     """
 
-    def __init__(self, step: str, kernel: Any, grid: tuple[int, int, int], config: Config, device: Device, **values: Any):
+    def __init__(self, step: str, kernel: Any, grid: tuple[int, int, int], config: Config, **values: Any):
         self.step = step
         self.kernel = kernel
         self.grid = grid
         self.pointers = tuple(name for name in kernel.arg_names if name not in values)
         self.values = {name: values[name] for name in kernel.arg_names if name in values}
         self.arguments = tuple(self.values.values())
-        self.options = {"num_warps": config.num_warps, "num_ctas": config.num_ctas, "enable_fp_fusion": True}
-        if device.backend == "cuda":
-            self.options["maxnreg"] = config.max_registers
+        # Without contraction to fma, results depend only on what the kernel says, not on what the compiler knows of the arguments.
+        self.options = {"num_warps": config.num_warps, "num_ctas": config.num_ctas, "enable_fp_fusion": False}
         self._compiled: dict[tuple, Callable[..., None]] = {}
 
     def __call__(self, *pointers: Tensor | None) -> None:
@@ -87,7 +85,7 @@ def device_of(device: torch.device) -> Device:
 
 def as_compiled(device: Device) -> Device:
     """`device` as the installed Triton compiles for it: without clusters where it has none."""
-    return device if CLUSTERS else replace(device, max_ctas=1)
+    return device if CLUSTERS else device._replace(max_ctas=1)
 
 
 @cache

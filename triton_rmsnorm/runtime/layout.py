@@ -1,6 +1,6 @@
 """Strided tensors as the kernels see them: rows that are read in place, or copies where they cannot be."""
 
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,20 @@ def merge_rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple
         dims = [[1] + [0] * len(strides)]
     sizes, *merged = zip(*dims, strict=True)
     return sizes[1:], merged
+
+
+def row_strides(spec: Spec, tensors: list[Layout]) -> tuple[tuple[int, ...], int, list[tuple[int, ...]]]:
+    """The outer dimensions of tensors of rows, as the kernels take them: (sizes but the first, alignment of rows, strides of each tensor).
+
+    The alignment is in elements, at most 16, and the unit of the strides. Where the rows of all tensors are contiguous, the strides are ().
+    """
+    shape = tensors[0].shape
+    outer = len(shape) - len(spec.normalized_shape)
+    sizes, strides = merge_rows(shape[:outer], *(tensor.strides[:outer] for tensor in tensors))
+    if prod(shape[:outer]) == 1 or all(row == (prod(spec.normalized_shape),) for row in strides):
+        return (), 1, [()] * len(tensors)
+    row_align = gcd(16, *(stride for row in strides for stride in row))
+    return sizes, row_align, [tuple(stride // row_align for stride in row) for row in strides]
 
 
 def in_place(spec: Spec, weight: Layout | None, *rows: Layout | None) -> bool:

@@ -3,8 +3,7 @@
 All but the pointers is prepared once and kept; after that a call allocates its outputs and starts the compiled kernels.
 """
 
-from dataclasses import replace
-from math import gcd, prod
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec, accumulation_dtype
-from triton_rmsnorm.runtime import config as tuning
 from triton_rmsnorm.runtime import kernels, table
-from triton_rmsnorm.runtime.config import Config, Device
+from triton_rmsnorm.runtime.config import Config, Device, Key, reduction_config
 from triton_rmsnorm.runtime.launch import INTERPRETED, Launch, device_of, kept
-from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, key_of, merge_rows, readable, weight_strides
+from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, key_of, readable, row_strides, weight_strides
 
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
+MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers in the kernels, also those of the last tile, which may go beyond the rows
 
 
 def forward(inputs: Inputs, spec: Spec, needs_rstd: bool = True) -> Outputs:
@@ -94,6 +93,9 @@ def _forward_plan(
     x, weight, residual, gate = Layout(*x_key), _layout(weight_key), _layout(residual_key), _layout(gate_key)
     if not in_place(spec, weight, x, residual, gate):
         return None
+    if needs_rstd:  # a search for the backward's configuration runs now, because memory is short when the backward itself runs
+        own_dresidual = residual is not None and residual.dtype != x.dtype
+        table.choose(_key("backward", spec, weight, x, residual, gate, own_dresidual), device_of(device))
     return _ForwardPlan(
         forward_launch(spec, device_of(device), x, weight, residual, gate) if prod(x.shape) else None,
         contiguous(x.shape, spec.output_dtype(x, weight)),
@@ -154,16 +156,12 @@ def forward_launch(
 ) -> Launch:
     """The launch of a forward on `device`."""
     rows = {"x_strides": x, "residual_strides": residual, "gate_strides": gate}
-    loads = sum(layout is not None for layout in rows.values())
-    stores = 2 if residual else 1
-    key = table.Key("forward", spec.columns, _itemsize(*rows.values()), _itemsize(weight), loads, stores)
-    config = config or table.choose(key, device)
-    values = _values(spec, config, rows, weight)
-    if residual:
-        values["STEPS"] = replace(values["STEPS"], residual_dtype=_TL_DTYPES[residual.dtype])
-    grid = (_programs(values["M"], config, spec.groups), spec.groups, 1)
-    kernel = kernels._rms_norm_fwd_kernel
-    return Launch("forward", kernel, grid, config, device, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
+    config = config or table.choose(_key("forward", spec, weight, x, residual, gate), device)
+    values = _values(spec, config, rows, weight, residual)
+    grid = (triton.cdiv(values["M"], config.block_m), spec.groups, 1)
+    if config.block_n < spec.columns:
+        return Launch("forward", kernels._rms_norm_fwd_blocked_kernel, grid, config, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
+    return Launch("forward", kernels._rms_norm_fwd_kernel, grid, config, eps=spec.eps, WEIGHT_FIRST=config.weight_first, **values)
 
 
 def backward_launches(
@@ -179,70 +177,81 @@ def backward_launches(
 ) -> BackwardLaunches:
     """The launches of a backward on `device`."""
     rows = {"dy_strides": dy, "dresidual_out_strides": dresidual_out, "x_strides": x, "gate_strides": gate}
-    loads = sum(layout is not None for layout in rows.values())
-    stores = max(1, needs.dx + needs.dresidual + needs.dgate)
-    key = table.Key("backward", spec.columns, _itemsize(*rows.values()), _itemsize(weight), loads, stores)
-    config = config or table.choose(key, device)
+    config = config or table.choose(_key("backward", spec, weight, x, dresidual_out, gate, needs.dresidual, dy), device)
     values = _values(spec, config, rows, weight)
+    tiles = triton.cdiv(values["M"], config.block_m)
     blocks = triton.cdiv(spec.columns, config.block_n)
-    programs = _programs(values["M"], config, spec.groups * blocks)
+    programs = min(tiles, max(1, config.programs // (spec.groups * blocks)))
     grid = (programs, spec.groups, blocks)
-    main = Launch("backward", kernels._rms_norm_bwd_kernel, grid, config, device, NUM_STAGES=config.num_stages, **values)
+    main = Launch("backward", kernels._rms_norm_bwd_kernel, grid, config, NUM_STAGES=config.num_stages, **values)
     c1 = sum_partials = None
     if blocks > 1 and needs != Needs(dx=False):  # dweight alone needs no c1
-        grid = (triton.cdiv(values["M"], config.block_m), spec.groups, 1)
-
-        c1 = Launch("c1", kernels._rms_norm_bwd_c1_kernel, grid, config, device, **values)
+        values = {name: value for name, value in values.items() if name not in ("dresidual_out_strides", "STORE_POLICY")}
+        c1 = Launch("c1", kernels._rms_norm_bwd_c1_kernel, (tiles, spec.groups, 1), config, **values)
     if needs.dweight:
         columns = spec.groups * spec.columns
-        config = tuning.reduction_config(columns, device)
+        config = reduction_config(columns, device)
         sizes = {"COLS": columns, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         grid = (triton.cdiv(columns, config.block_n), 1, 1)
-        sum_partials = Launch("sum_partials", kernels._sum_partials_kernel, grid, config, device, programs=programs, **sizes)
+        sum_partials = Launch("sum_partials", kernels._sum_partials_kernel, grid, config, programs=programs, **sizes)
     return BackwardLaunches(c1, main, sum_partials)
 
 
-def _values(spec: Spec, config: Config, tensors: dict[str, Layout | None], weight: Layout | None) -> dict[str, Any]:
+def _key(
+    direction: str,
+    spec: Spec,
+    weight: Layout | None,
+    x: Layout,
+    residual: Layout | None,
+    gate: Layout | None,
+    own_dresidual: bool = False,
+    dy: Layout | None = None,
+) -> Key:
+    """What the configuration of a launch depends on; in the backward, `residual` stands for dresidual_out."""
+    kind = "gate" if gate else "residual" if residual else "plain"
+    return Key(direction, spec.columns, _itemsize(x, residual, gate, dy), _itemsize(weight), kind, own_dresidual)
+
+
+def _values(
+    spec: Spec, config: Config, tensors: dict[str, Layout | None], weight: Layout | None, residual: Layout | None = None
+) -> dict[str, Any]:
     """The arguments of the forward and the backward kernel besides pointers; `tensors` of rows by the name of their strides."""
     present = {name: layout for name, layout in tensors.items() if layout}
     shape = present["x_strides"].shape
-    outer = len(shape) - len(spec.normalized_shape)
-    sizes, strides = merge_rows(shape[:outer], *(layout.strides[:outer] for layout in present.values()))
-    row_align = gcd(16, *(stride for row in strides for stride in row))
-    units = {name: tuple(stride // row_align for stride in row) for name, row in zip(present, strides, strict=True)}
-    steps = kernels.Steps(
-        acc=tl.float64 if any(layout.dtype == torch.float64 for layout in present.values()) else tl.float32,
-        weight_offset=spec.weight_offset,
-        x_hat_dtype=_TL_DTYPES[spec.x_hat_dtype],
-        rstd_dtype=_TL_DTYPES[spec.rstd_dtype],
-        product_dtype=_TL_DTYPES[spec.product_dtype(weight)] if spec.activation else None,
-        activation=spec.activation,
-        norm_before_gate=spec.norm_before_gate,
-        bf16_by_bits=INTERPRETED,
-        load_policy=config.load_policy,
-        store_policy=config.store_policy,
-    )
+    rows = prod(shape[: len(shape) - len(spec.normalized_shape)])
+    if rows > MAX_ROWS:
+        raise RuntimeError(f"input must have at most {MAX_ROWS} rows, got {rows}")
+    sizes, row_align, strides = row_strides(spec, list(present.values()))
     return {
-        "M": prod(shape[:outer]),
+        "M": rows,
         "sizes": sizes,
-        **{name: units.get(name, ()) for name in tensors},
+        **dict.fromkeys(tensors, ()),
+        **dict(zip(present, strides, strict=True)),
         "stride_w": weight_strides(weight)[-1] if weight else 1,
-        "STEPS": steps,
+        "ARITHMETIC": kernels.Arithmetic(
+            acc=tl.float64 if any(layout.dtype == torch.float64 for layout in present.values()) else tl.float32,
+            weight_offset=spec.weight_offset,
+            x_hat_dtype=_TL_DTYPES[spec.x_hat_dtype],
+            rstd_dtype=_TL_DTYPES[spec.rstd_dtype],
+            residual_dtype=_TL_DTYPES[residual.dtype] if residual else None,
+            product_dtype=_TL_DTYPES[spec.product_dtype(weight)] if spec.activation else None,
+            activation=spec.activation,
+            norm_before_gate=spec.norm_before_gate,
+            bf16_by_bits=INTERPRETED,
+        ),
         "N": spec.columns,
+        "GROUPS": spec.groups,
         "ROW_ALIGN": row_align,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "LOAD_POLICY": config.load_policy,
+        "STORE_POLICY": config.store_policy,
     }
 
 
 def _itemsize(*layouts: Layout | None) -> int:
     """Bytes per element of the widest; 0 if all are None."""
     return max(layout.dtype.itemsize if layout else 0 for layout in layouts)
-
-
-def _programs(rows: int, config: Config, columns_of_grid: int) -> int:
-    """Extent of grid axis 0: no more programs than tiles, nor than `config` allows over the whole grid."""
-    return min(triton.cdiv(rows, config.block_m), max(1, config.programs // columns_of_grid))
 
 
 def _layout(key: LayoutKey | None) -> Layout | None:
