@@ -84,10 +84,10 @@ FORWARD_CTA = 32768
 FORWARD_CTA_RESIDUAL = 16384  # twice as much spills 64 to 168 bytes per thread (compiled)
 CLUSTER_CTA = 8192
 CLUSTER_THREADS = 128
-# Backward. x, dy, the weight and the accumulated dw take four registers per element. Tiles of 2048 columns or of one row, with 16 elements
-# per thread, and as many programs per SM as hold 8192 elements of dw in all, with two tiles prefetched each (measured: 95 to 97 % of a copy
-# up to 8192 columns). A gate takes more registers per element, hence half of the programs. Rows of 16384 columns fill the registers of an SM
-# and are faster without a prefetch (measured: 113 against 120 µs).
+# Backward. x, dy, the weight and the accumulated dw take four registers per element. A tile has 2048 elements or one row, 16 elements per
+# thread. As many programs per SM as hold 8192 elements of dw in all, with two tiles prefetched each, reach 95 to 97 % of a copy for up to
+# 8192 columns (measured). A gate takes more registers per element, hence half as many programs. Rows of 16384 columns fill the registers of
+# an SM and are faster without a prefetch (measured: 113 against 120 µs).
 BACKWARD_CTA = 16384
 BACKWARD_CTA_CROWDED = 8192  # with a gate, or with a second gradient to store: 16384 spills 550 bytes per thread (compiled)
 BACKWARD_TILE = 2048
@@ -172,7 +172,7 @@ def _registers_per_element(key: Key) -> int:
 
 @cache
 def reduction_config(n: int, device: Device) -> Config:
-    """The configuration of the sum of partial dw over `n` columns: narrow blocks of 128 bytes per row, so that many programs share the work."""
+    """The configuration of the sum of partial dw over `n` columns. Narrow blocks of 128 bytes per row let many programs share the work."""
     if device.backend == "interpreter":
         return Config(1024, min(1024, next_power_of_2(n)), 1)
     # All partials at once where there are few programs to hide the latency of a second round.

@@ -16,8 +16,8 @@ than a tile (N > BLOCK_N) are processed in blocks of columns: the forward reads 
 its own and spreads the blocks over grid axis 2.
 
 Tensors of rows may be strided. `sizes` and the tuples of strides describe their outer dimensions, outermost first, without the outermost
-size; strides are counted in units of ROW_ALIGN elements, which tells the compiler how rows are aligned. An empty tuple of strides means that
-the rows are contiguous. What the kernels write is contiguous. Passing None for a pointer compiles out the code that uses it.
+size; strides are counted in units of ROW_ALIGN elements, which tells the compiler how rows are aligned. An empty tuple of strides means
+contiguous rows. What the kernels write is contiguous. Passing None for a pointer compiles out the code that uses it.
 
 Results do not depend on what the compiler knows about M. The launches switch off the contraction of products and sums to fma, which the
 compiler would otherwise decide from the surrounding code; where an fma is wanted, it is written.

@@ -22,7 +22,7 @@ def time_cold(call: Callable[[], object], seconds: float, before: Callable[[], o
 def time_interleaved(
     calls: Sequence[Callable[[], object]], rounds: int, flush: Tensor, before: Callable[[], object] = lambda: None
 ) -> list[list[float]]:
-    """µs that the GPU took for each call in each of `rounds`, in which the calls take turns, so that a drift of the clock meets all of them.
+    """µs that the GPU took for each call in each of `rounds`. The calls take turns, so that a drift of the clock affects all of them.
 
     Reading `flush` fills the L2: lines that were written would have to go back to memory during the call. The GPU is kept waiting until a
     call is in its queue, so that the host's time is not measured.
