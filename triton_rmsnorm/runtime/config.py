@@ -66,7 +66,7 @@ class Config:
     num_ctas: int = 1
     num_stages: int = 1  # of the loop over tiles (backward) or over blocks of columns: one more than are prefetched
     programs: int = 0  # bound of grid axis 0 in the backward; 0 in the forward, where every tile has its own program
-    weight_first: bool = False  # the forward loads the weight before the sum over the row
+    weight_first: bool = False  # load the weight before the sum over the row (forward) or before the loop over tiles (backward)
     # How rows pass through the caches; "" leaves it to the hardware. No other choice was faster (measured: within 1 % of one another).
     load_policy: str = ""  # one of LOAD_POLICIES
     store_policy: str = ""  # one of STORE_POLICIES
@@ -75,24 +75,25 @@ class Config:
 LOAD_POLICIES = ("", "evict_first", "evict_last")
 STORE_POLICIES = ("", ".cs", ".cg")  # streaming: first to be evicted; and past the L1
 
-# Registers are counted as elements of a row: one each in fp32, two in fp64.
-#
-# Forward. One tile per program; the GPU overlaps the loads of one program with the work of others, so small thread blocks and many of them
-# are fast: 16 registers of u per thread for rows of up to 4096 columns, 32 up to 16384, 64 up to 32768 (measured: 99, 97 and 87 % of the
-# bandwidth of a copy). Longer rows take a cluster of thread blocks of 8192 columns (measured: 78 % at 65536 columns, 71 % at 131072).
+# Forward. One tile per program. The GPU overlaps the loads of one program with the work of others, so small thread blocks and many of them
+# are fast: 16 elements per thread for rows of up to 4096 columns, and 32 beyond (measured: 97 to 100 % of the bandwidth of a copy for up
+# to 8192 columns, 95 % for 16384).
 FORWARD_CTA = 32768
-FORWARD_CTA_RESIDUAL = 16384  # twice as much spills 64 to 168 bytes per thread (compiled)
+# Longer rows of 2 bytes per element are read twice, in blocks of columns, by 1024 threads. The second read comes from the L2 as long as the
+# rows of two programs per SM fit into it (measured: 96 % for 32768 columns, where one tile per row reaches 87 %; 82 % against 78 % for
+# 65536).
+REREAD_COLUMNS = 65536
+# All others take a cluster of thread blocks of 8192 columns, with 128 bytes per thread (measured: 71 % for 131072 columns of bf16).
 CLUSTER_CTA = 8192
-CLUSTER_THREADS = 128
-# Backward. x, dy, the weight and the accumulated dw take four registers per element. A tile has 2048 elements or one row, 16 elements per
-# thread. As many programs per SM as hold 8192 elements of dw in all, with two tiles prefetched each, reach 95 to 97 % of a copy for up to
-# 8192 columns (measured). A gate takes more registers per element, hence half as many programs. Rows of 16384 columns fill the registers of
-# an SM and are faster without a prefetch (measured: 113 against 120 µs).
-BACKWARD_CTA = 16384
-BACKWARD_CTA_CROWDED = 8192  # with a gate, or with a second gradient to store: 16384 spills 550 bytes per thread (compiled)
-BACKWARD_TILE = 2048
-BACKWARD_ELEMENTS_PER_SM = 8192
+# Backward. A tile has 4 KiB of x or one row, 16 elements per thread. An SM holds 16 KiB of x, and two more tiles are prefetched for each
+# program (measured: 95 to 97 % for up to 8192 columns of bf16, 96 to 99 % for fp32). A gate takes more registers: half as many elements.
+BACKWARD_TILE_BYTES = 4096
+BACKWARD_SM_BYTES = 16384
 BACKWARD_STAGES = 3
+# Longer rows: 32 KiB of x per thread block of 256 threads, which load the weight again for each row (measured: 92 % for 16384 columns and
+# 83 % for 32768; a weight in registers leads to 85 and 72 %). With a gate at most 8192 columns, because more would spill (compiled).
+BACKWARD_HELD_COLUMNS = 8192
+BACKWARD_CTA_BYTES = 32768
 # Clusters of more than two thread blocks must fit into a GPC, some of which lack SMs. A cluster that finds no room waits until another one
 # has finished all of its rows, so an eighth of the SMs is left out.
 CLUSTER_SMS = 7 / 8
@@ -126,48 +127,51 @@ def _interpreted(key: Key, device: Device) -> Config:
 
 
 def _forward(key: Key, device: Device) -> Config:
-    columns = next_power_of_2(key.n)
-    registers = columns * _registers_per_element(key)
-    capacity = FORWARD_CTA_RESIDUAL if key.kind == "residual" else FORWARD_CTA
-    if registers <= capacity:
-        threads = max(128, registers // 16 if registers <= 4096 else registers // 32 if registers <= 16384 else 512)
+    columns, itemsize = next_power_of_2(key.n), _itemsize(key)
+    registers = columns * max(1, itemsize // 4)
+    blocked = Config(1, min(columns // 4, 2 * BLOCKED_COLUMNS), 1024 // device.warp_size)
+    if key.kind == "plain" and itemsize == 2 and FORWARD_CTA <= columns <= REREAD_COLUMNS:
+        return blocked
+    if registers <= FORWARD_CTA:
+        threads = max(128, registers // (16 if registers <= 4096 else 32))
         return Config(max(1, 16 * threads // registers), columns, threads // device.warp_size)
-    num_ctas = registers // CLUSTER_CTA
-    if num_ctas <= device.max_ctas:
-        return Config(1, columns, CLUSTER_THREADS // device.warp_size, num_ctas)
-    return Config(1, BLOCKED_COLUMNS, 256 // device.warp_size, num_stages=2)
+    num_ctas = columns // CLUSTER_CTA
+    if num_ctas > device.max_ctas:
+        return blocked
+    return Config(1, columns, CLUSTER_CTA * itemsize // 128 // device.warp_size, num_ctas)
 
 
 def _backward(key: Key, device: Device) -> Config:
-    columns = next_power_of_2(key.n)
-    registers = columns * _registers_per_element(key)
-    crowded = key.stores > 1
-    capacity = BACKWARD_CTA_CROWDED if crowded and device.backend == "cuda" else BACKWARD_CTA
-    block_m, num_ctas, per_sm = max(1, BACKWARD_TILE // registers), 1, 1
-    threads = min(512, max(128, registers // 16))
-    stages = BACKWARD_STAGES
-    if registers <= capacity:
-        per_sm = max(1, BACKWARD_ELEMENTS_PER_SM // (1 + crowded) // (block_m * registers))
-        if registers > BACKWARD_ELEMENTS_PER_SM:
-            stages = 1
-    elif registers == 2 * capacity and not crowded and device.max_ctas > 1:
-        num_ctas, threads = 2, 512
-    elif registers // CLUSTER_CTA <= device.max_ctas:
-        num_ctas, stages = registers // CLUSTER_CTA, 2
-        threads, per_sm = (512, 1) if crowded else (CLUSTER_THREADS, 2)
+    columns, itemsize, gate = next_power_of_2(key.n), _itemsize(key), key.kind == "gate"
+    block_m, num_ctas, per_sm = 1, 1, 1
+    held = columns * max(1, itemsize // 4) <= BACKWARD_HELD_COLUMNS
+    if held:
+        block_m = max(1, BACKWARD_TILE_BYTES // (1 + gate) // (columns * itemsize))
+        tile = block_m * columns
+        if gate:
+            threads, per_sm = (512, 1) if tile > 4096 else (128, 2) if tile > 1024 else (128, 4)
+        else:
+            threads, per_sm = min(512, max(128, columns // 16)), max(1, BACKWARD_SM_BYTES // (tile * itemsize))
     else:
-        columns, threads = BLOCKED_COLUMNS // _registers_per_element(key), 512
+        threads = 256
+        cta = BACKWARD_CTA_BYTES // itemsize if device.max_ctas > 1 else 2 * BACKWARD_HELD_COLUMNS // max(1, itemsize // 4)
+        if gate and device.backend == "cuda":
+            cta = min(cta, BACKWARD_HELD_COLUMNS)
+        num_ctas = -(-columns // cta)
+        if num_ctas > device.max_ctas:
+            columns, threads, num_ctas, held = BLOCKED_COLUMNS * 2 // itemsize, 512, 1, True
+    loaded = block_m * columns // num_ctas * key.loads * key.itemsize  # bytes per tile
+    stages = min(BACKWARD_STAGES, 1 + device.shared_memory // (per_sm * loaded))
     if device.backend == "hip":
-        stages = min(stages, 2)  # a prefetch into registers
-    else:
-        loaded = block_m * columns // num_ctas * key.loads * key.itemsize  # bytes per tile
-        stages = min(stages, 1 + device.shared_memory // (per_sm * loaded))
+        stages = 2  # a prefetch into registers
     sms = int(device.num_sms * CLUSTER_SMS) if num_ctas > 2 else device.num_sms
-    return Config(block_m, columns, threads // device.warp_size, num_ctas, stages, max(1, sms * per_sm // num_ctas))
+    programs = max(1, sms * per_sm // num_ctas)
+    return Config(block_m, columns, threads // device.warp_size, num_ctas, stages, programs, weight_first=held)
 
 
-def _registers_per_element(key: Key) -> int:
-    return 2 if max(key.itemsize, key.weight_itemsize) == 8 else 1
+def _itemsize(key: Key) -> int:
+    """Bytes per element of what is computed: 8 where the weight alone is fp64, too."""
+    return 8 if key.weight_itemsize == 8 else key.itemsize
 
 
 @cache

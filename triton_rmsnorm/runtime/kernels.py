@@ -69,8 +69,13 @@ def _row_pointers(X, rows, sizes, strides, group_start, ROW_ALIGN: tl.constexpr,
 
 
 @triton.jit
-def _load(X_ROW, cols, mask, ARITHMETIC: tl.constexpr, POLICY: tl.constexpr):
-    return tl.load(X_ROW + cols[None, :], mask=mask, other=0.0, eviction_policy=POLICY).to(ARITHMETIC.acc)
+def _load(X_ROW, cols, mask, POLICY: tl.constexpr):
+    """A tile [BLOCK_M, BLOCK_N] in its own dtype; None for None."""
+    if X_ROW is None:
+        x = X_ROW
+    else:
+        x = tl.load(X_ROW + cols[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
+    return x
 
 
 @triton.jit
@@ -143,13 +148,13 @@ def _activate(z, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def _norm_input(X_ROW, RESIDUAL_ROW, GATE_ROW, cols, mask, ARITHMETIC: tl.constexpr, POLICY: tl.constexpr):
+def _norm_input(x, residual, z, ARITHMETIC: tl.constexpr):
     """u [BLOCK_M, BLOCK_N]: x, or x + residual rounded as the residual stream stores it, or x · g."""
-    u = _load(X_ROW, cols, mask, ARITHMETIC, POLICY)
-    if RESIDUAL_ROW is not None:
-        u = _round(u + _load(RESIDUAL_ROW, cols, mask, ARITHMETIC, POLICY), ARITHMETIC.residual_dtype, ARITHMETIC)
-    if GATE_ROW is not None and not ARITHMETIC.norm_before_gate:
-        u *= _activate(_load(GATE_ROW, cols, mask, ARITHMETIC, POLICY), ARITHMETIC)[0]
+    u = x.to(ARITHMETIC.acc)
+    if residual is not None:
+        u = _round(u + residual.to(ARITHMETIC.acc), ARITHMETIC.residual_dtype, ARITHMETIC)
+    if z is not None and not ARITHMETIC.norm_before_gate:
+        u *= _activate(z.to(ARITHMETIC.acc), ARITHMETIC)[0]
     return u
 
 
@@ -159,14 +164,13 @@ def _x_hat(u, rstd, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def _norm_output(u, rstd, w, GATE_ROW, cols, mask, ARITHMETIC: tl.constexpr, POLICY: tl.constexpr):
+def _norm_output(u, rstd, w, z, ARITHMETIC: tl.constexpr):
     """y [BLOCK_M, BLOCK_N]: w · x_hat, or w · x_hat · g."""
     y = _x_hat(u, rstd, ARITHMETIC)
     if w is not None:
         y = y * w
-    if GATE_ROW is not None and ARITHMETIC.norm_before_gate:
-        gate, _ = _activate(_load(GATE_ROW, cols, mask, ARITHMETIC, POLICY), ARITHMETIC)
-        y = _round(y, ARITHMETIC.product_dtype, ARITHMETIC) * gate
+    if z is not None and ARITHMETIC.norm_before_gate:
+        y = _round(y, ARITHMETIC.product_dtype, ARITHMETIC) * _activate(z.to(ARITHMETIC.acc), ARITHMETIC)[0]
     return y
 
 
@@ -210,11 +214,12 @@ def _rms_norm_fwd_kernel(
 
     if WEIGHT_FIRST:
         w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
-    u = _norm_input(x_row, residual_row, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)  # [BLOCK_M, BLOCK_N]
+    z = _load(gate_row, cols, mask, LOAD_POLICY)  # [BLOCK_M, BLOCK_N], like all that follow
+    u = _norm_input(_load(x_row, cols, mask, LOAD_POLICY), _load(residual_row, cols, mask, LOAD_POLICY), z, ARITHMETIC)
     rstd = _rsqrt(tl.sum(u * u, axis=1) / N + tl.full([], eps, ARITHMETIC.acc))  # [BLOCK_M]
     if not WEIGHT_FIRST:
         w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
-    y = _norm_output(u, rstd[:, None], w, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+    y = _norm_output(u, rstd[:, None], w, z, ARITHMETIC)
 
     if RSTD is not None:
         tl.store(RSTD + rows.to(tl.int64) * GROUPS + group, rstd, mask=rows < M)
@@ -262,7 +267,10 @@ def _rms_norm_fwd_blocked_kernel(
     for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
         cols = start + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        u = _norm_input(x_row, residual_row, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        z = None
+        if not ARITHMETIC.norm_before_gate:
+            z = _load(gate_row, cols, mask, LOAD_POLICY)
+        u = _norm_input(_load(x_row, cols, mask, LOAD_POLICY), _load(residual_row, cols, mask, LOAD_POLICY), z, ARITHMETIC)
         squares = _fma(u, u, squares)
     rstd = _rsqrt(tl.sum(squares, axis=1) / N + tl.full([], eps, ARITHMETIC.acc))
     if RSTD is not None:
@@ -271,9 +279,10 @@ def _rms_norm_fwd_blocked_kernel(
     for start in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
         cols = start + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        u = _norm_input(x_row, residual_row, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        z = _load(gate_row, cols, mask, LOAD_POLICY)
+        u = _norm_input(_load(x_row, cols, mask, LOAD_POLICY), _load(residual_row, cols, mask, LOAD_POLICY), z, ARITHMETIC)
         w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
-        y = _norm_output(u, rstd[:, None], w, gate_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        y = _norm_output(u, rstd[:, None], w, z, ARITHMETIC)
         if RESIDUAL_OUT is not None:
             _store(RESIDUAL_OUT + out_row, cols, u, mask, STORE_POLICY)
         _store(Y + out_row, cols, y, mask, STORE_POLICY)
@@ -306,6 +315,7 @@ def _rms_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,  # keep the weight in registers instead of loading it again for each tile
     LOAD_POLICY: tl.constexpr,
     STORE_POLICY: tl.constexpr,
 ):
@@ -315,7 +325,8 @@ def _rms_norm_bwd_kernel(
     group = tl.program_id(1)
     group_start = group * N
     cols = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)  # [1, BLOCK_N]
+    if WEIGHT_FIRST:
+        held_w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)  # [1, BLOCK_N]
     if DW_PARTIAL is not None:
         dw = tl.zeros([BLOCK_M, BLOCK_N], DW_PARTIAL.dtype.element_ty)
 
@@ -327,14 +338,18 @@ def _rms_norm_bwd_kernel(
         x_row = _row_pointers(X, rows, sizes, x_strides, group_start, ROW_ALIGN, GROUPS * N)
         dy_row = _row_pointers(DY, rows, sizes, dy_strides, group_start, ROW_ALIGN, GROUPS * N)
 
-        x = _load(x_row, cols, mask, ARITHMETIC, LOAD_POLICY)
-        dy = _load(dy_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        if WEIGHT_FIRST:
+            w = held_w
+        else:
+            w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
+        x = _load(x_row, cols, mask, LOAD_POLICY).to(ARITHMETIC.acc)
+        dy = _load(dy_row, cols, mask, LOAD_POLICY).to(ARITHMETIC.acc)
         rstd = tl.load(RSTD + row_stats, mask=rows < M, other=0.0)[:, None]
         u = x
         dproduct = dy  # gradient of w · x_hat
         if GATE is not None:
             gate_row = _row_pointers(GATE, rows, sizes, gate_strides, group_start, ROW_ALIGN, GROUPS * N)
-            gate, gate_slope = _activate(_load(gate_row, cols, mask, ARITHMETIC, LOAD_POLICY), ARITHMETIC)
+            gate, gate_slope = _activate(_load(gate_row, cols, mask, LOAD_POLICY).to(ARITHMETIC.acc), ARITHMETIC)
             if GATE_FIRST:
                 u = x * gate
             else:
@@ -354,7 +369,7 @@ def _rms_norm_bwd_kernel(
             du = _fma(x_hat, -c1[:, None], wdy) * rstd
             if DRESIDUAL_OUT is not None:
                 dresidual_out_row = _row_pointers(DRESIDUAL_OUT, rows, sizes, dresidual_out_strides, group_start, ROW_ALIGN, GROUPS * N)
-                du += _load(dresidual_out_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+                du += _load(dresidual_out_row, cols, mask, LOAD_POLICY).to(ARITHMETIC.acc)
             if DRESIDUAL is not None:
                 _store(DRESIDUAL + out_row, cols, du, mask, STORE_POLICY)
             if GATE_FIRST:
@@ -411,10 +426,10 @@ def _rms_norm_bwd_c1_kernel(
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
-        u = _load(x_row, cols, mask, ARITHMETIC, LOAD_POLICY)
-        wdy = _load(dy_row, cols, mask, ARITHMETIC, LOAD_POLICY)
+        u = _load(x_row, cols, mask, LOAD_POLICY).to(ARITHMETIC.acc)
+        wdy = _load(dy_row, cols, mask, LOAD_POLICY).to(ARITHMETIC.acc)
         if GATE is not None:
-            gate, _ = _activate(_load(gate_row, cols, mask, ARITHMETIC, LOAD_POLICY), ARITHMETIC)
+            gate, _ = _activate(_load(gate_row, cols, mask, LOAD_POLICY).to(ARITHMETIC.acc), ARITHMETIC)
             if ARITHMETIC.norm_before_gate:
                 wdy *= gate
             else:

@@ -183,7 +183,8 @@ def backward_launches(
     blocks = triton.cdiv(spec.columns, config.block_n)
     programs = min(tiles, max(1, config.programs // (spec.groups * blocks)))
     grid = (programs, spec.groups, blocks)
-    main = Launch("backward", kernels._rms_norm_bwd_kernel, grid, config, NUM_STAGES=config.num_stages, **values)
+    knobs = {"NUM_STAGES": config.num_stages, "WEIGHT_FIRST": config.weight_first}
+    main = Launch("backward", kernels._rms_norm_bwd_kernel, grid, config, **knobs, **values)
     c1 = sum_partials = None
     if blocks > 1 and needs != Needs(dx=False):  # dweight alone needs no c1
         values = {name: value for name, value in values.items() if name not in ("dresidual_out_strides", "STORE_POLICY")}
