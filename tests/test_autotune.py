@@ -1,336 +1,340 @@
-"""Measured configurations: what a search finds, when one is made, what is kept of it and what is done with a file that cannot be read."""
+"""Autotuning: when a search is made, what it may change, what is kept of it, and that nothing that stops a search stops the call.
 
+The kernels are interpreted, with the configurations of an H100; a made-up clock stands in for the GPU's.
+"""
+
+import fcntl
 import json
+import os
+import subprocess
+import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
-from triton.runtime.errors import OutOfResources
 
 import triton_rmsnorm
-from triton_rmsnorm.runtime import autotune, launch
-from triton_rmsnorm.runtime import config as tuning
-from triton_rmsnorm.runtime import table as measured
-from triton_rmsnorm.runtime.table import Key, Measured
+from triton_rmsnorm.runtime import autotune, launch, plan, table
+from triton_rmsnorm.runtime.config import GFX942, SM_80, SM_90, SM_100, Config, Key, analytic, is_valid
+from triton_rmsnorm.runtime.table import Measured
 
 KEYS = [
-    Key("forward", 256, 2, 2, 1, 1),
-    Key("forward", 256, 4, 0, 1, 1),
-    Key("forward", 256, 2, 4, 2, 2),  # a residual
-    Key("forward", 256, 2, 2, 2, 1),  # a gate
-    Key("backward", 256, 2, 2, 2, 1),
-    Key("backward", 256, 4, 0, 2, 1),
-    Key("backward", 256, 2, 4, 3, 1),
-    Key("backward", 256, 2, 2, 3, 2),
+    Key("forward", 256, 2, 2),
+    Key("forward", 256, 4, 0),
+    Key("forward", 256, 2, 4, "residual"),
+    Key("forward", 256, 2, 2, "gate"),
+    Key("backward", 256, 2, 2),
+    Key("backward", 256, 4, 0),
+    Key("backward", 256, 4, 4, "residual", own_dresidual=True),
+    Key("backward", 256, 2, 2, "gate"),
 ]
-DEVICES = [tuning.SM_80, tuning.SM_90, replace(tuning.SM_90, max_ctas=1), tuning.SM_100, tuning.GFX942]
+DEVICES = [SM_80, SM_90, SM_90._replace(max_ctas=1), SM_100, GFX942]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """Nothing is known but what a test finds."""
+def fresh(monkeypatch, tmp_path):
+    """Nothing is known except what the test finds, and problems are small."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("TRITON_RMSNORM_AUTOTUNE", raising=False)
-    monkeypatch.setattr(measured, "SHIPPED", tmp_path / "none")
-    monkeypatch.setattr(measured, "found", {})
-    monkeypatch.setattr(autotune, "ELEMENTS", 1 << 12)
-    measured.shipped.cache_clear()
+    monkeypatch.delenv(autotune.VARIABLE, raising=False)
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(table, "search", autotune.tune)
+    monkeypatch.setattr(autotune, "_found", {})
+    monkeypatch.setattr(autotune, "MEMORY", 1 << 15)
+    table.shipped.cache_clear()
     launch.forget()
     yield
-    measured.shipped.cache_clear()
-    launch.forget()
-
-
-def forget_process():
-    """What a new process does not know."""
-    measured.found.clear()
+    table.shipped.cache_clear()
     launch.forget()
 
 
 @pytest.fixture
-def clock(monkeypatch, launches, run_as):
-    """A clock that shows 100 µs at 2 warps and 10 more for each doubling of them. Returns the launches that it timed.
-
-    Only the number of warps is varied, since an interpreted launch takes its time.
-    """
-    run_as(tuning.SM_90)
-    monkeypatch.setattr(autotune, "neighbours", fewer_or_more_warps)
+def clock(monkeypatch, run_as):
+    """A clock by which every configuration except the analytic choice takes 90 µs instead of 100. Returns how many it timed."""
+    if not launch.INTERPRETED:
+        pytest.skip("a GPU has its own clock")
+    run_as(SM_90)
     timed = []
 
-    def time_cold(call, seconds, before=None):
-        launches.clear()
-        call()
-        main = next(record.launch for record in launches if "NUM_STAGES" in record.launch.values)
-        timed.append(main)
-        return [100 + 10 * abs(main.options["num_warps"].bit_length() - 2)] * 3
+    def time_interleaved(calls, rounds, flush):
+        for call in calls:
+            call()
+        timed.append(len(calls))
+        return [[90.0 if i else 100.0] * rounds for i in range(len(calls))]
 
-    monkeypatch.setattr(autotune, "time_cold", time_cold)
+    monkeypatch.setattr(autotune, "time_interleaved", time_interleaved)
     return timed
 
 
-every_neighbour = autotune.neighbours
+@pytest.fixture
+def few(monkeypatch):
+    """Each search tries one other configuration, because an interpreted launch takes its time."""
+    monkeypatch.setattr(autotune, "variants", lambda config, *_: [replace(config, store_policy=".cs")])
+    monkeypatch.setattr(autotune, "neighbors", lambda config, *_: [replace(config, num_warps=2)])
 
 
-def fewer_or_more_warps(config, key, device):
-    return [other for other in every_neighbour(config, key, device) if replace(other, num_warps=config.num_warps) == config]
+def call(n=256, rows=8, requires_grad=True):
+    x, weight = torch.randn(rows, n, requires_grad=requires_grad), torch.randn(n)
+    return triton_rmsnorm.rms_norm(x, (n,), weight, 1e-6)
 
 
-def forward_and_backward(rows=8, n=256):
-    x, weight = torch.randn(rows, n, requires_grad=True), torch.randn(n, requires_grad=True)
-    dy = torch.randn(rows, n)
-    y = triton_rmsnorm.rms_norm(x, (n,), weight, 1e-6)
-    gradients = torch.autograd.grad(y, (x, weight), dy)
-    expected = F.rms_norm(x, (n,), weight, 1e-6)
-    for ours, theirs in zip((y, *gradients), (expected, *torch.autograd.grad(expected, (x, weight), dy)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+def choice(direction, n=256):
+    return table.choose(Key(direction, n, 4, 4), SM_90)
+
+
+def cached(full=False):
+    path = autotune.cache_file(SM_90, full)
+    return table.read(path, SM_90) if path.exists() else {}
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"{device.name}-{device.max_ctas}")
-def test_neighbours_run(device):
-    for key in KEYS:
-        for n in (1, 96, 256, 4096, 5000, 16384, 50000, 131072):
-            config = measured.analytic(key._replace(n=n), device)
-            assert measured.runs(config, key._replace(n=n), device), (n, key, config)
-            others = autotune.neighbours(config, key._replace(n=n), device)
-            assert len(set(others) - {config}) == len(others) >= 4
-            assert all(measured.runs(other, key._replace(n=n), device) for other in others)
-            assert {other.load_policy for other in others} == set(tuning.LOAD_POLICIES)
-            assert {other.store_policy for other in others} == set(tuning.STORE_POLICIES)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"block_m": 3},
-        {"load_policy": "evict_never"},
-        {"store_policy": ".ca"},
-        {"num_warps": 64},
-        {"num_warps": 0},
-        {"num_stages": 0},
-        {"num_stages": 40},
-        {"num_ctas": 2},
-        {"num_ctas": 32, "block_m": 1},
-        {"programs": 0},
-        {"programs": 1 << 20},
-    ],
-    ids=str,
-)
-def test_what_does_not_run(change):
-    key, device = Key("forward", 1024, 2, 2, 1, 1), tuning.SM_90
-    assert not measured.runs(replace(measured.analytic(key, device), **change), key, device)
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
+def test_candidates_are_valid(key, device):
+    for n in (1, 96, 256, 4096, 5000, 16384, 50000, 131072):
+        key = key._replace(n=n)
+        base = analytic(key, device)
+        few, many = autotune.variants(base, key, device), autotune.neighbors(base, key, device)
+        for configs in (few, many):
+            assert len({base, *configs}) == 1 + len(configs) and all(is_valid(config, key, device) for config in configs)
+        assert 3 <= len(few) < autotune.TRIES <= len(many)
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
-def test_search_walks_to_the_fastest(clock, key, capsys):
-    found = autotune.search(key, tuning.SM_90)
-    base = measured.analytic(key, tuning.SM_90)
-    assert found.config.num_warps == 2 < base.num_warps
-    assert found.us == 100 < found.analytic_us
-    assert len({(main.options["num_warps"], *main.arguments, main.grid) for main in clock}) == len(clock) - 2  # the finalists twice
-    said = capsys.readouterr().err
-    assert f"autotuning the {key.direction} of 256 columns" in said and "100 µs" in said
+def test_default_search_leaves_the_order_of_sums(key):
+    """It changes neither what a thread holds of a row nor the number of partial dw."""
+    base = analytic(key, SM_90)
+    fixed = ("block_n", "num_warps", "num_ctas", "programs") + (("block_m",) if key.direction == "backward" else ())
+    for config in autotune.variants(base, key, SM_90):
+        assert all(getattr(config, name) == getattr(base, name) for name in fixed)
 
 
-@pytest.mark.parametrize("key", [KEYS[0], KEYS[-1]], ids=["forward", "backward"])
-def test_search_varies_everything(clock, monkeypatch, key):
-    monkeypatch.setattr(autotune, "neighbours", every_neighbour)
-    monkeypatch.setattr(autotune, "ROUNDS", 1)
-    autotune.search(key, tuning.SM_90)
-    names = ("BLOCK_M", "NUM_STAGES")
-    assert all(len({main.values[name] for main in clock}) >= 3 for name in names)
-    assert {option: len({main.options[option] for main in clock}) for option in ("num_warps", "num_ctas")} == {
-        "num_warps": 3,
-        "num_ctas": 1,
-    }
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
+def test_search_on_every_kind_of_key(key, clock, few):
+    """The fastest of the configurations with the same results wins."""
+    found = autotune.search(key, SM_90, full=False)
+    assert found == Measured(replace(analytic(key, SM_90), store_policy=".cs"), 90.0, 100.0)
 
 
-def test_search_keeps_the_analytic_choice_within_the_noise(monkeypatch, run_as):
-    run_as(tuning.SM_90)
-    times = iter(100 - 0.01 * i for i in range(1000))
-    monkeypatch.setattr(autotune, "time_cold", lambda call, seconds: [next(times)])
-    found = autotune.search(KEYS[0], tuning.SM_90)
-    assert found.config == measured.analytic(KEYS[0], tuning.SM_90) and found.us == found.analytic_us
-
-
-def test_searches_rows_in_blocks(clock, monkeypatch, run_as):
-    """A row that fits no tile has a c1 kernel of its own in the backward."""
-    device = replace(tuning.SM_90, max_ctas=1)
-    run_as(device)
-    monkeypatch.setattr(autotune, "ELEMENTS", 1 << 17)
-    monkeypatch.setattr(autotune, "ROUNDS", 1)
-    key = Key("backward", 40000, 2, 0, 2, 1)
-    monkeypatch.setattr(autotune, "neighbours", lambda *_: [replace(measured.analytic(key, device), programs=1)])
-    assert autotune.search(key, device).config.block_n < key.n
-
-
-@pytest.mark.parametrize("how", ["environment", "context"])
-def test_searches_on_first_use_and_never_again(clock, monkeypatch, capsys, how):
-    forward_and_backward()
-    assert not clock  # nobody asked
-    if how == "environment":
-        monkeypatch.setenv("TRITON_RMSNORM_AUTOTUNE", "1")
-        launch.forget()
-        forward_and_backward()
-    else:
-        with autotune.autotuning():
-            forward_and_backward()
-        assert not measured.asked
-    assert {main.kernel.fn.__name__ for main in clock} == {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"}
-    assert capsys.readouterr().err.count("autotuning") == 2
-    assert {key.direction: found.config.num_warps for key, found in measured.found[tuning.SM_90].items()} == {"forward": 2, "backward": 2}
-
+def test_first_use_searches_once(clock, few, capsys):
+    """Also the backward's key, when the first forward that needs a gradient is prepared. The next process reads the cache."""
+    call(requires_grad=False)
+    assert list(cached()) == [Key("forward", 256, 4, 4)]
+    call()
+    assert set(cached()) == {Key("forward", 256, 4, 4), Key("backward", 256, 4, 4)}
+    assert "same results bit for bit" in capsys.readouterr().err
     clock.clear()
-    forward_and_backward(rows=24)  # as many rows as one likes
-    forget_process()
-    with autotune.autotuning():
-        forward_and_backward()
-    assert not clock and not capsys.readouterr().err
+    autotune._found.clear()  # as in another process
+    launch.forget()
+    call(rows=3).sum().backward()
+    assert not clock and choice("forward").store_policy == ".cs"
 
 
-def test_what_was_found_is_launched(clock, launches):
-    with autotune.autotuning():
-        forward_and_backward()
-    launches.clear()
-    forward_and_backward(rows=40)
-    mains = [record.launch for record in launches if "NUM_STAGES" in record.launch.values]
-    assert [main.options["num_warps"] for main in mains] == [2, 2]
+def test_other_bits_are_refused(clock, monkeypatch):
+    """However fast it is: a configuration whose results differ in one bit does not win, but in a full search it does."""
+    monkeypatch.setattr(autotune, "variants", lambda config, *_: [replace(config, num_stages=2)])
+    monkeypatch.setattr(autotune, "neighbors", autotune.variants)
+    prepare = plan.backward_launches
+
+    def other_bits(*arguments):
+        launches = prepare(*arguments)
+        if arguments[-1].num_stages == 2:
+            run = launches.main.__call__
+
+            class Flipped:
+                step, pointers = launches.main.step, launches.main.pointers
+                kernel, values, grid = launches.main.kernel, launches.main.values, launches.main.grid
+
+                def __call__(self, *pointers):
+                    run(*pointers)
+                    dx = pointers[self.pointers.index("DX")]
+                    dx.view(torch.int16)[0, 0] ^= 1
+
+            return launches._replace(main=Flipped())
+        return launches
+
+    monkeypatch.setattr(plan, "backward_launches", other_bits)
+    key = Key("backward", 256, 2, 2)
+    base = replace(analytic(key, SM_90), num_stages=3)
+    assert autotune.search(key, SM_90, full=False).config == base
+    assert autotune.search(key, SM_90, full=True).config == replace(base, num_stages=2)
 
 
-def test_timing_is_cold_and_without_the_host(monkeypatch):
-    """What the GPU is given to do, in order: its functions are replaced by notes."""
-    done = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            done.append("event")
-
-        def elapsed_time(self, end):
-            return 0.25  # ms
-
-    class Flush:
-        def sum(self):
-            done.append("flush")
-
-    clock = iter(range(1000))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep") if cycles == 3e9 else None)
-    monkeypatch.setattr(torch, "ones", lambda elements, device: Flush() if elements * 4 >= 4 * 60e6 and device == "cuda" else None)
-    monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(clock))
-    times = autotune.time_cold(lambda: done.append("call"), 3, before=lambda: done.append("before"))
-    once = ["before", "flush", "sleep", "event", "call", "event"]
-    assert done == ["call", *["synchronize", "call"] * 3, *[*once * 5, "synchronize"] * 3]
-    assert times == [250.0] * 15
+def test_a_difference_within_the_noise_is_not_a_gain(clock, few, monkeypatch):
+    monkeypatch.setattr(autotune, "time_interleaved", lambda calls, *_: [[100.0], [99.5]][: len(calls)])
+    key = Key("forward", 256, 2, 2)
+    assert autotune.search(key, SM_90, full=False).config == analytic(key, SM_90)
 
 
-def test_interpreter_is_not_tuned(monkeypatch):
-    monkeypatch.setenv("TRITON_RMSNORM_AUTOTUNE", "1")
-    assert measured.choose(KEYS[0], tuning.INTERPRETER) == measured.analytic(KEYS[0], tuning.INTERPRETER)
+def test_switched_off(clock, monkeypatch, tmp_path):
+    """TRITON_RMSNORM_AUTOTUNE=0 is read when the package is imported; so is the interpreter, under which nothing is tuned by default."""
+    script = Path(__file__).parent / "scripts" / "search_at_import.py"
+    assert subprocess.run([sys.executable, script, "0"], capture_output=True, text=True, check=True).stdout == "None\n"
+    assert subprocess.run([sys.executable, script, ""], capture_output=True, text=True, check=True).stdout == "tune\n"
 
 
-def test_nothing_is_searched_while_a_graph_is_captured(clock, monkeypatch):
-    for question in ("is_available", "is_current_stream_capturing"):
-        monkeypatch.setattr(torch.cuda, question, lambda: True)
-    with autotune.autotuning(), pytest.warns(UserWarning, match="launch it once before"):
-        assert measured.choose(KEYS[0], tuning.SM_90) == measured.analytic(KEYS[0], tuning.SM_90)
-    assert not clock and KEYS[0] not in measured.found[tuning.SM_90]
+@pytest.mark.parametrize("how", ["variable", "context"])
+def test_full_search(how, clock, few, monkeypatch, capsys):
+    """It has a cache of its own, so that results never depend on what another process searched for."""
+    call()
+    if how == "variable":
+        monkeypatch.setenv(autotune.VARIABLE, "full")
+        launch.forget()
+        call()
+    else:
+        with triton_rmsnorm.autotuning():
+            call()
+    assert {measured.config.num_warps for measured in cached(full=True).values()} == {2}
+    assert "last bits" in capsys.readouterr().err
+    monkeypatch.delenv(autotune.VARIABLE, raising=False)
+    launch.forget()
+    assert choice("forward").store_policy == ".cs" and choice("forward").num_warps != 2
 
 
-def test_what_does_not_fit_is_passed_over(clock, monkeypatch):
-    call = launch.Launch.__call__
-
-    def limited(self, *pointers):
-        if self.options["num_warps"] == 2:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return call(self, *pointers)
-
-    monkeypatch.setattr(launch.Launch, "__call__", limited)
-    assert autotune.search(KEYS[0], tuning.SM_90).config.num_warps == 4
-
-
-def test_what_computes_something_else_is_not_used(clock, monkeypatch):
-    call = launch.Launch.__call__
-
-    def miscompiled(self, *pointers):
-        call(self, *pointers)
-        if self.options["num_warps"] == 2:
-            pointers[4][-1] = 0  # a row of Y
-
-    monkeypatch.setattr(launch.Launch, "__call__", miscompiled)
-    with pytest.warns(UserWarning, match="computes something else"):
-        assert autotune.search(KEYS[0], tuning.SM_90).config.num_warps == 4
+def test_a_shipped_table_wins(clock, few, monkeypatch, tmp_path):
+    key, shipped = Key("forward", 256, 4, 4), Config(1, 256, 1)
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "tuned")
+    table.write(tmp_path / "tuned" / "sm-90.json", SM_90, {key: Measured(shipped, 1.0, 2.0)})
+    table.shipped.cache_clear()
+    with triton_rmsnorm.autotuning():
+        call(requires_grad=False)
+        assert table.choose(key, SM_90) == shipped
+    assert not clock
 
 
-TABLE = {KEYS[0]: Measured(replace(measured.analytic(KEYS[0], tuning.SM_90), num_warps=16), 10.0, 11.0)}
+def test_nothing_runs_while_a_graph_is_captured(clock, few, monkeypatch):
+    monkeypatch.setattr(autotune, "_capturing", lambda: True)
+    call()
+    assert not clock and not cached() and choice("forward") == analytic(Key("forward", 256, 4, 4), SM_90)
+    monkeypatch.setattr(autotune, "_capturing", lambda: False)
+    assert choice("forward").store_policy == ".cs"
 
 
-def test_written_and_read(tmp_path):
-    measured.write(tmp_path / "table.json", tuning.SM_90, TABLE, date="today")
-    assert measured.read(tmp_path / "table.json", tuning.SM_90) == TABLE
-    assert json.loads((tmp_path / "table.json").read_text())["date"] == "today"
-    assert measured.read(tmp_path / "table.json", replace(tuning.SM_90, max_ctas=1)) == {}
-    assert measured.read(tmp_path / "none.json", tuning.SM_90) == {}
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"device": {"name": 1}, "entries": []}'])
-def test_a_corrupt_cache_is_ignored_with_one_warning_and_replaced(clock, text):
-    path = autotune.cache_file(tuning.SM_90)
+def cannot_compile(*_):
+    raise RuntimeError("ptxas failed")
+
+
+FAILURES = {
+    "memory": lambda patch: patch(autotune._Trial, "__init__", out_of_memory),
+    "compiler": lambda patch: patch(autotune._Trial, "_compile", cannot_compile),
+    "cache": lambda patch: patch(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only"))),
+    "clock": lambda patch: patch(autotune, "time_interleaved", cannot_compile),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_what_stops_a_search_does_not_stop_the_call(failure, clock, few, monkeypatch):
+    """One warning per key, and the analytic choice from then on."""
+    failure(monkeypatch.setattr)
+    with pytest.warns(RuntimeWarning, match="is not tuned") as caught:
+        call()
+    assert len(caught) == 2  # forward and backward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch.forget()
+        call().sum().backward()
+    assert choice("forward") == analytic(Key("forward", 256, 4, 4), SM_90)
+
+
+def test_one_bad_configuration_does_not_end_a_search(clock, monkeypatch):
+    monkeypatch.setattr(autotune, "variants", lambda c, *_: [replace(c, block_m=1 << 21), replace(c, store_policy=".cs")])
+    assert autotune.search(Key("forward", 256, 4, 4), SM_90, full=False).config.store_policy == ".cs"
+
+
+def test_a_lock_that_is_not_had_in_time(clock, few, monkeypatch):
+    monkeypatch.setattr(autotune, "LOCK_SECONDS", 0.1)
+    path = autotune.cache_file(SM_90, False).with_suffix(".lock")
     path.parent.mkdir(parents=True)
-    path.write_text(text)
-    with autotune.autotuning(), pytest.warns(UserWarning) as caught:
-        forward_and_backward()
-    assert [str(path) in str(warning.message) for warning in caught if warning.category is UserWarning] == [True]
-    assert len(measured.read(path, tuning.SM_90)) == 2
+    with open(path, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.warns(RuntimeWarning, match="another process has been tuning"):
+            call(requires_grad=False)
+    assert not clock
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {},
-        None,
-        {"key": 1, "config": 2},
-        {"key": KEYS[0]._asdict() | {"direction": "sideways"}},
-        {"key": KEYS[0]._asdict() | {"n": "256"}},
-        {"config": {"block_m": 1}},
-        {"config": asdict(TABLE[KEYS[0]].config) | {"num_warps": 7}},
-        {"us": "fast"},
-    ],
-    ids=str,
-)
-def test_a_corrupt_entry_is_ignored_with_one_warning(tmp_path, bad):
+def test_the_lock_is_released_although_a_child_has_it_open(clock, few, monkeypatch):
+    """A process that is forked during a search inherits the open file, and with it the lock."""
+    searched = autotune.search
+
+    def forking(*arguments):
+        children.append(subprocess.Popen(["sleep", "30"], close_fds=False))
+        return searched(*arguments)
+
+    children: list[subprocess.Popen] = []
+    monkeypatch.setattr(autotune, "search", forking)
+    monkeypatch.setattr(autotune, "open", inheritable_open, raising=False)
+    monkeypatch.setattr(autotune, "LOCK_SECONDS", 0.1)
+    try:
+        call()
+        assert set(cached()) == {Key("forward", 256, 4, 4), Key("backward", 256, 4, 4)}
+    finally:
+        for child in children:
+            child.kill()
+
+
+def inheritable_open(*arguments):
+    file = open(*arguments)  # noqa: SIM115
+    os.set_inheritable(file.fileno(), True)
+    return file
+
+
+def test_memory_is_bounded(clock, few, monkeypatch):
+    """All tensors of a search, results of the analytic choice included, stay within the limit."""
+    sizes = []
+    times = autotune._Trial.times
+
+    def measured(self, configs):
+        found = times(self, configs)
+        tensors = [*self.inputs.values(), *self.outputs.values(), *self.expected, self.flush]
+        sizes.append(sum(tensor.nbytes for tensor in tensors if tensor is not None))
+        return found
+
+    monkeypatch.setattr(autotune._Trial, "times", measured)
+    monkeypatch.setattr(autotune, "MEMORY", 1 << 18)
+    for key in KEYS:
+        autotune.search(key, SM_90, full=False)
+    assert max(sizes) <= 1 << 18 < 4 * max(sizes)
+
+
+def test_the_random_generator_is_left_alone(clock, few):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    autotune.search(KEYS[0], SM_90, full=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+BAD_FILES = {
+    "no JSON": lambda content: "{",
+    "no table": lambda content: json.dumps([1, 2]),
+    "another device": lambda content: json.dumps(content | {"device": GFX942._asdict()}),
+    "unknown field": lambda content: json.dumps(content | {"entries": [content["entries"][0] | {"config": {"block": 3}}]}),
+    "not an integer": lambda content: json.dumps(
+        content | {"entries": [content["entries"][0] | {"config": content["entries"][0]["config"] | {"block_m": 1.0}}]}
+    ),
+    "not valid": lambda content: json.dumps(
+        content | {"entries": [content["entries"][0] | {"config": content["entries"][0]["config"] | {"num_warps": 1024}}]}
+    ),
+    "unknown kind": lambda content: json.dumps(
+        content | {"entries": [content["entries"][0] | {"key": content["entries"][0]["key"] | {"kind": "odd"}}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_FILES.values(), ids=BAD_FILES)
+def test_what_cannot_be_read_is_ignored(spoil, tmp_path, recwarn):
+    key = Key("forward", 256, 2, 2)
     path = tmp_path / "table.json"
-    good = {KEYS[4]: Measured(measured.analytic(KEYS[4], tuning.SM_90), 10.0, 11.0)}
-    measured.write(path, tuning.SM_90, TABLE | good)
-    content = json.loads(path.read_text())
-    index = next(i for i, entry in enumerate(content["entries"]) if entry["key"]["direction"] == "forward")
-    content["entries"][index] = content["entries"][index] | bad if bad else bad
-    path.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="1 of 2 entries") as caught:
-        assert measured.read(path, tuning.SM_90) == good
-    assert len(caught) == 1
+    table.write(path, SM_90, {key: Measured(analytic(key, SM_90), 1.0, 2.0)})
+    assert table.read(path, SM_90) == {key: Measured(analytic(key, SM_90), 1.0, 2.0)} and not recwarn
+    path.write_text(spoil(json.loads(path.read_text())))
+    assert table.read(path, SM_90) == {}
+    assert len(recwarn) == (0 if "sm_90" not in path.read_text() and "gfx942" in path.read_text() else 1)
 
 
-def test_a_shipped_table_overrides_the_analytic_choice(monkeypatch, tmp_path):
-    monkeypatch.setattr(measured, "SHIPPED", tmp_path)
-    measured.write(tmp_path / "sm-90.json", tuning.SM_90, TABLE)
-    assert measured.choose(KEYS[0], tuning.SM_90) == TABLE[KEYS[0]].config
-    assert measured.choose(KEYS[1], tuning.SM_90) == measured.analytic(KEYS[1], tuning.SM_90)
-    assert measured.choose(KEYS[0], tuning.SM_100) == measured.analytic(KEYS[0], tuning.SM_100)
-    monkeypatch.setenv("TRITON_RMSNORM_AUTOTUNE", "1")
-    assert measured.choose(KEYS[0], tuning.SM_90) == TABLE[KEYS[0]].config  # known: not searched
-
-
-def test_shipped_tables_are_whole():
-    for path in (measured.Path(measured.__file__).parent / "tuned").glob("*.json"):
-        content = json.loads(path.read_text())
-        assert {"device", "entries", "driver", "torch", "triton", "triton_rmsnorm", "date", "commit"} <= content.keys()
-        device = tuning.Device(**content["device"])
-        assert path.name == measured.file_name(device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert len(measured.read(path, device)) == len(content["entries"]) > 0
+def test_missing_files_are_silent(tmp_path, recwarn):
+    assert table.read(tmp_path / "missing.json", SM_90) == {} and not recwarn

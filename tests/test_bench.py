@@ -15,7 +15,7 @@ from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
 from bench.speed import check, report, run, tune
 from triton_rmsnorm import reference
 from triton_rmsnorm.runtime import autotune, launch, table
-from triton_rmsnorm.runtime.config import SM_90
+from triton_rmsnorm.runtime.config import SM_90, analytic
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -188,7 +188,7 @@ def clock(monkeypatch):
         looks.append(call)
         return [99.0 + len(looks)] * 5
 
-    monkeypatch.setattr(autotune, "time_cold", time_cold)
+    monkeypatch.setattr(check, "time_cold", time_cold)
     return looks
 
 
@@ -220,7 +220,7 @@ def test_arriving_gradients_are_restored(monkeypatch):
             results.append(call())
         return [1.0] * 3
 
-    monkeypatch.setattr(autotune, "time_cold", time_cold)
+    monkeypatch.setattr(check, "time_cold", time_cold)
     expected = check.expect(problem, data)
     check.measure(problem, vandal(problem), data, expected, 1)
     assert [check.wrong(result, expected) for result in results] == [""] * 3
@@ -403,7 +403,7 @@ def test_plot_of_what_is_there(tmp_path):
 def test_keys_are_those_of_the_launches(problem, monkeypatch):
     """What is tuned is what the configuration is chosen by when the problem is computed."""
     chosen = []
-    monkeypatch.setattr(table, "choose", lambda key, device: chosen.append(key) or table.analytic(key, device))
+    monkeypatch.setattr(table, "choose", lambda key, device: chosen.append(key) or analytic(key, device))
     with launch.pretend(SM_90), launch.recorded(run=False):
         check.make_call(problem._replace(direction="forward+backward"), providers.ours(problem), draw(problem, CPU))()
     assert {key for key in chosen if key.direction in problem.direction} == {*tune.keys(problem)}
@@ -415,7 +415,7 @@ def test_tune(monkeypatch, tmp_path, capsys):
 
     def search(key, device):
         searched.append(key)
-        return table.Measured(table.analytic(key, device), 80.0, 100.0)
+        return table.Measured(analytic(key, device), 80.0, 100.0)
 
     monkeypatch.setattr(autotune, "search", search)
     monkeypatch.setattr(records, "gpu", lambda: CPU)

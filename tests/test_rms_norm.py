@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from variants import BLOCKED, id_of, ours
+from variants import BLOCKED, block_n, id_of, ours
 
 from triton_rmsnorm import reference, rms_norm
 from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec, accumulation_dtype
@@ -188,7 +188,7 @@ def test_blocks_of_devices(stand_in, device, run_as):
     """A row walked in blocks both ways, dweight spread over grid axis 2."""
     run_as(stand_in)
     n = 33000
-    assert max(choose(n, 4, 4, stand_in).block_n for choose in (config.forward_config, config.backward_config)) < n
+    assert max(block_n(direction, n, stand_in) for direction in ("forward", "backward")) < n
     check(draw((3, n), torch.float32, device), draw((n,), torch.float32, device), (n,))
 
 
@@ -196,7 +196,8 @@ def test_many_partial_dw(device, run_as):
     """More of them than one tile of the kernel that sums them."""
     run_as(config.SM_80)
     m, n = 70, 8200
-    assert config.reduction_config(n, config.SM_80).block_m < m <= config.backward_config(n, 4, 4, config.SM_80).programs
+    programs = config.analytic(config.Key("backward", n, 4, 4), config.SM_80).programs
+    assert config.reduction_config(n, config.SM_80).block_m < m <= programs
     check(draw((m, n), torch.float32, device), draw((n,), torch.float32, device), (n,))
 
 

@@ -14,8 +14,8 @@ from triton_rmsnorm.runtime import config, table
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one worker builds the wheel, once
 
 ROOT = Path(__file__).parents[1]
-KEY = table.Key("forward", 4096, 2, 2, 1, 1)
-PLANTED = table.Measured(config.Config(1, 4096, 2, 1, 1, 132), 1.0, 2.0)
+KEY = config.Key("forward", 4096, 2, 2)
+PLANTED = table.Measured(config.Config(1, 4096, 2), 1.0, 2.0)
 
 
 def run(*arguments: str | Path, cwd: Path, **environment: str) -> str:

@@ -91,9 +91,12 @@ def id_of(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-def _walked_in_blocks(choose: Callable[..., config.Config]) -> int:
-    """The first N of which the interpreter's kernel walks a row in blocks."""
-    return next(2**k + 1 for k in range(20) if choose(2**k + 1, 4, 4, config.INTERPRETER).block_n <= 2**k)
+def block_n(direction: str, n: int, device: config.Device) -> int:
+    """Columns of a tile for rows of n columns in fp32."""
+    return config.analytic(config.Key(direction, n, 4, 4), device).block_n
 
 
-BLOCKED = {_walked_in_blocks(config.forward_config), _walked_in_blocks(config.backward_config)}
+# The first N at which the interpreter's forward or backward processes rows in blocks.
+BLOCKED = {
+    next(2**k + 1 for k in range(20) if block_n(direction, 2**k + 1, config.INTERPRETER) <= 2**k) for direction in ("forward", "backward")
+}

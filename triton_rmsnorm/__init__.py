@@ -4,6 +4,8 @@ from triton_rmsnorm._version import __version__
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.modules import AddRMSNorm, RMSNorm, RMSNormGated
 from triton_rmsnorm.patching import patch, patched, unpatch
+from triton_rmsnorm.runtime import autotune
+from triton_rmsnorm.runtime.autotune import autotuning
 
 __all__ = [
     "AddRMSNorm",
@@ -11,6 +13,8 @@ __all__ = [
     "RMSNormGated",
     "__version__",
     "add_rms_norm",
+    "autotune",
+    "autotuning",
     "patch",
     "patched",
     "rms_norm",

@@ -11,7 +11,7 @@ from bench.problem import Data, Problem
 from bench.providers import Norm
 from triton_rmsnorm import testing
 from triton_rmsnorm.reference import Inputs
-from triton_rmsnorm.runtime import autotune
+from triton_rmsnorm.runtime.timing import time_cold
 from triton_rmsnorm.testing import Expected, Results
 
 Call = Callable[[], list[Tensor]]
@@ -90,14 +90,14 @@ def measure(problem: Problem, norm: Norm, data: Data, expected: dict[str, Expect
         for mine, given in zip(own.cotangents, data.cotangents, strict=True):
             mine.copy_(given)
 
-    return _timing(autotune.time_cold(call, seconds, restore))
+    return _timing(time_cold(call, seconds, restore))
 
 
 def time_copy(problem: Problem, device: torch.device, seconds: float) -> Timing:
     """The ceiling: a copy that moves as many bytes as the problem has to."""
     source = torch.randint(128, (problem.bytes // 2,), dtype=torch.int8, device=device)
     destination = torch.empty_like(source)
-    return _timing(autotune.time_cold(lambda: destination.copy_(source), seconds))
+    return _timing(time_cold(lambda: destination.copy_(source), seconds))
 
 
 def _timing(times: list[float]) -> Timing:

@@ -15,20 +15,17 @@ from bench import records
 from bench.problem import DTYPES, SUITES, Problem
 from triton_rmsnorm.runtime import autotune, launch
 from triton_rmsnorm.runtime import table as measured
-from triton_rmsnorm.runtime.table import Key
-
-# Tensors of rows that are read and written, by variant.
-_FORWARD = {"plain": (1, 1), "residual": (2, 2), "gate": (2, 1)}
-_BACKWARD = {"plain": (2, 1), "residual": (3, 1), "gate": (3, 2)}
+from triton_rmsnorm.runtime.config import Key
 
 
 def keys(problem: Problem) -> list[Key]:
     """What the launches of a problem are chosen by."""
     row, weight, residual = (DTYPES[name].itemsize if name else 0 for name in (problem.dtype, problem.weight_dtype, problem.residual_dtype))
-    widest = max(row, residual)
-    backward = (3, 2) if problem.own_dresidual else _BACKWARD[problem.kind]
-    counts = {"forward": _FORWARD[problem.kind], "backward": backward}
-    return [Key(direction, problem.n, widest, weight, *counts[direction]) for direction in problem.direction.split("+")]
+    directions = problem.direction.split("+")
+    return [
+        Key(direction, problem.n, max(row, residual), weight, problem.kind, direction == "backward" and problem.own_dresidual)
+        for direction in directions
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
