@@ -256,7 +256,7 @@ def test_kernels_are_compiled_once_a_device_and_alignment(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: kernel.current, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
-    prepared = launch.Launch("forward", kernel, (1, 1, 1), config.Config(1, 64, 4, 1, 1, 1), config.SM_90)
+    prepared = launch.Launch("forward", kernel, (1, 1, 1), config.Config(1, 64, 4))
     for _ in range(2):
         for device, address in ((0, 64), (1, 64), (0, 72), (1, 72)):
             prepared(FakePointer(device, address))

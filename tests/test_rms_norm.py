@@ -1,7 +1,6 @@
 """rms_norm: values and gradients against the exact result, and which rows, columns and calls may influence one another."""
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -169,10 +168,10 @@ def test_needs_grad(needs_dx, needs_dw, has_weight, n, device, launches):
 DEVICES = {
     "sm_80": config.SM_80,
     "sm_90": config.SM_90,
-    "sm_90_without_clusters": replace(config.SM_90, max_ctas=1),
+    "sm_90_without_clusters": config.SM_90._replace(max_ctas=1),
     "sm_100": config.SM_100,
     "gfx942": config.GFX942,
-    "three_programs": replace(config.SM_90, num_sms=3),  # so that each walks over many tiles
+    "three_programs": config.SM_90._replace(num_sms=3),  # so that each walks over many tiles
 }
 
 

@@ -106,7 +106,7 @@ INTERPRETER_BACKWARD_COLUMNS = 8192
 
 
 def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+    return 1 << max(int(n) - 1, 0).bit_length()  # NumPy integers have no bit_length
 
 
 @cache
