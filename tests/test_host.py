@@ -7,7 +7,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,31 +80,35 @@ def test_launches_on_the_stub_are_counted():
 
 
 def search_on_the_stub() -> tuple:
-    """A search with a made-up clock, by which each configuration is faster than the one before; the last of three spills."""
+    """A search with a made-up clock, by which each configuration is faster than the one before."""
     from bench.speed.stub_driver import DEVICE, stubbed
     from triton_rmsnorm.runtime import autotune
-    from triton_rmsnorm.runtime import table as measured
+    from triton_rmsnorm.runtime.config import Key, analytic
 
-    key, ticks, ahead = measured.Key("backward", 128, 2, 2, 2, 1), iter(range(100, 0, -10)), set()
-    base = measured.analytic(key, DEVICE)
+    key, ahead = Key("backward", 128, 2, 2), []
+    base = analytic(key, DEVICE)
+    compile_all = autotune._Trial._compile
 
-    def time_cold(call, seconds):
-        call()
-        return [next(ticks)]
+    def compile_ahead(self, launches):
+        compile_all(self, launches)
+        kernels = {step.kernel for steps in launches for step, _ in steps}
+        ahead.append(sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()))
 
-    def compile_step(step, pointers, original=autotune._compiled):
-        ahead.add(type(original(step, pointers)).__name__)
-        return SimpleNamespace(n_spills=4 if step.options["num_warps"] == 2 else 0)
+    def time_interleaved(calls, rounds, flush):
+        for call in calls:
+            call()
+        return [[100.0 - 10 * i] for i in range(len(calls))]
 
-    autotune.ELEMENTS, autotune.ROUNDS, autotune.time_cold, autotune._compiled = 1 << 12, 1, time_cold, compile_step
-    autotune.neighbours = lambda config, *_: [replace(config, num_warps=warps) for warps in (4, 2)]
-    autotune._agree = lambda output, expected: True  # nothing is computed here
+    autotune.MEMORY, autotune._Trial._compile, autotune.time_interleaved = 1 << 15, compile_ahead, time_interleaved
+    autotune.variants = lambda config, *_: [replace(config, num_stages=stages) for stages in (2, 1)]
+    autotune.torch.equal = lambda *_: True  # nothing is computed here
     autotune._on = lambda device: contextlib.nullcontext(torch.device("cpu"))
     with stubbed():
-        found = autotune.search(key, DEVICE)
-    return found.config == replace(base, num_warps=4), found.us, found.analytic_us, ahead
+        found = autotune.search(key, DEVICE, full=False)
+    return found.config == replace(base, num_stages=1), found.us, found.analytic_us, ahead[0]
 
 
 @on_stub
-def test_search_compiles_ahead_and_refuses_spills():
-    assert compiled(search_on_the_stub) == (True, 70, 80, {"CompiledKernel", "FutureKernel"})
+def test_search_compiles_ahead():
+    """The kernel for each of three configurations, and the sum of partials, before the first is launched."""
+    assert compiled(search_on_the_stub) == (True, 90.0, 100.0, 4)
