@@ -2,6 +2,7 @@
 
 from triton_rmsnorm._version import __version__
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.integrations import kernel_config, kernel_mapping
 from triton_rmsnorm.modules import AddRMSNorm, RMSNorm, RMSNormGated
 from triton_rmsnorm.patching import patch, patched, unpatch
 from triton_rmsnorm.runtime import autotune
@@ -15,6 +16,8 @@ __all__ = [
     "add_rms_norm",
     "autotune",
     "autotuning",
+    "kernel_config",
+    "kernel_mapping",
     "patch",
     "patched",
     "rms_norm",

@@ -128,7 +128,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
-_INTERNAL = frozenset(vars(nn.Module()))
+_INTERNAL = frozenset(vars(nn.Module())) | {"forward"}  # of its class is what is proved, not what something put into the instance
 
 
 def _attributes(module: nn.Module) -> dict:

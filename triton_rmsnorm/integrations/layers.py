@@ -1,0 +1,61 @@
+"""Layers for the `kernels` package, which puts the forward of a layer into each module whose class carries the layer's name.
+
+What such a name promises differs from class to class: "RMSNorm" is on classes that round before the weight and on classes that round after
+it. So the forward here looks at the module that it is called for, and runs what `patch` would give it, or else its class's own forward.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from triton_rmsnorm.patching.recognition import recognize
+from triton_rmsnorm.patching.replacement import is_replacement, replacement
+
+
+class RMSNorm(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return getattr(_FORWARDS, _forward_for(self))(self, hidden_states)
+
+
+class RMSNormGated(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return getattr(_FORWARDS, _forward_for(self))(self, hidden_states, gate)
+
+
+LAYERS = {"RMSNorm": RMSNorm, "RMSNormGated": RMSNormGated, "RMSNormZeroCentered": RMSNorm}
+
+# Forwards by name: a constant that torch.compile can hold on to, where it cannot follow how a module is recognized.
+_FORWARDS = SimpleNamespace()
+_NAMES: weakref.WeakKeyDictionary[nn.Module, tuple[type, str]] = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _forward_for(module: nn.Module) -> str:
+    """The name in _FORWARDS of the forward for a module, which is recognized at the first call."""
+    cls, name = _NAMES.get(module, (None, ""))
+    if cls is not type(module):
+        cls = type(module)
+        verdict = None if is_replacement(cls) else recognize(module)
+        forward: Callable = (replacement(cls, verdict.norm) if verdict is not None and verdict.norm is not None else cls).forward
+        name = f"{cls.__name__}_{id(forward)}"
+        setattr(_FORWARDS, name, forward)
+        _NAMES[module] = cls, name
+    return name
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where the `kernels` package loads a layer from: nowhere but here."""
+
+    layer: type[nn.Module]
+
+    def load(self) -> type[nn.Module]:
+        return self.layer
