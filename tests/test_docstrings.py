@@ -13,7 +13,12 @@ import torch
 
 import triton_rmsnorm
 
-PUBLIC = {name: value for name in triton_rmsnorm.__all__ if not isinstance(value := getattr(triton_rmsnorm, name), str)}
+# Functions and classes that have arguments; not modules, the version, and autotuning().
+PUBLIC = {
+    name: value
+    for name in triton_rmsnorm.__all__
+    if callable(value := getattr(triton_rmsnorm, name)) and inspect.signature(value).parameters
+}
 NORMS = {name: value for name, value in PUBLIC.items() if "norm" in name.lower()}
 FORWARDS = {f"{name}.forward": value.forward for name, value in PUBLIC.items() if isinstance(value, type)}
 
