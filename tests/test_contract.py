@@ -96,10 +96,9 @@ def test_opinfo_errors(device):
     assert len(errors) >= 3
     for error in errors:
         sample = error.sample_input
-        with pytest.raises(error.error_type, match=error.error_regex):
-            OPINFO.op(sample.input, *sample.args, **sample.kwargs)
-        with pytest.raises(error.error_type, match=r"normalized_shape must .* got|must have shape .* got"):
-            rms_norm(sample.input, *sample.args, **sample.kwargs)
+        for function in (OPINFO.op, rms_norm):  # ours contain torch's phrases, too
+            with pytest.raises(error.error_type, match=error.error_regex):
+                function(sample.input, *sample.args, **sample.kwargs)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -1,4 +1,4 @@
-"""What integrations are without the frameworks. With them: tests/test_integrations_kernels.py, which `.ci/run` runs with versions that fit."""
+"""What integrations are without the frameworks. With them: tests/test_integrations_kernels.py, which .ci/integrations runs."""
 
 import subprocess
 import sys

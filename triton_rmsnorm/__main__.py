@@ -1,22 +1,19 @@
-"""`python -m triton_rmsnorm`: what is here, how the kernels are configured, and whether they compute what they should.
+"""`python -m triton_rmsnorm`: versions and device, how the kernels are configured, and whether they compute what they should.
 
-Forward and backward are compared with fp64. An error may be twice that of torch's own operation, before torch rounds to half precision,
-plus one unit in the last place; the table shows what part of this the worst element takes. The exit status is 1 if any takes more.
-fp64 itself is left to the tests, which calculate with more digits.
+Forward and backward are compared with fp64. The table shows what part of the error budget (triton_rmsnorm.testing) the worst element takes;
+the exit status is 1 if any takes more. fp64 itself is left to the tests, which compute with more digits.
 """
 
 import os
 import platform
 import sys
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch import Tensor
 
 import triton_rmsnorm
-from triton_rmsnorm import reference
+from triton_rmsnorm import testing
+from triton_rmsnorm.reference import Inputs, Spec
 from triton_rmsnorm.runtime import config as tuning
 from triton_rmsnorm.runtime import launch
 
@@ -28,7 +25,7 @@ DTYPES = [  # of x and dy, and of the weight
     (torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16),
 ]
-SIZES = [(199, 64), (199, 1000), (19, 10000), (5, 20000)]  # rows, columns: many rows a tile, one, and rows that fit none
+SIZES = [(199, 64), (199, 1000), (19, 10000), (5, 20000)]  # rows, columns: many rows per tile, one, and rows longer than a tile
 CONFIGURED = (64, 512, 4096, 8192, 16384, 32768, 131072)
 
 
@@ -98,41 +95,14 @@ def configurations(device: tuning.Device) -> str:
     return table(("N", "kernel", "tile", "warps", "ctas", "stages", "programs"), rows)
 
 
-def errors(dtype: torch.dtype, weight_dtype: torch.dtype, rows: int, columns: int, device: torch.device) -> tuple[float, float, float]:
-    """The largest errors of y, dx and dw of a random problem, as parts of what is allowed."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy = torch.randn(2, rows, columns, generator=generator).to(device, dtype)
-    weight = torch.randn(columns, generator=generator).to(device, weight_dtype)
-    ours = results(triton_rmsnorm.rms_norm, x, weight, dy)
-    theirs = results(F.rms_norm, x.float(), weight.float(), dy.float())
-    exact = results(_reference, x.double(), weight.double(), dy.double())
-    # A sum over rows has no order of its own: dw may err as much as one row after the other does.
-    unit = F.rms_norm(x.float(), weight.shape, eps=EPS)
-    by_row = sum(dy_row * x_hat for dy_row, x_hat in zip(dy.float(), unit, strict=True))
-    return (
-        _part_of_budget(ours[0], exact[0], theirs[0]),
-        _part_of_budget(ours[1], exact[1], theirs[1]),
-        _part_of_budget(ours[2], exact[2], theirs[2], by_row),
-    )
-
-
-def results(rms_norm: Callable, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, dx and dw."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = rms_norm(x, weight.shape, weight, EPS)
-    return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
-
-
-def _reference(x: Tensor, normalized_shape: torch.Size, weight: Tensor, eps: float) -> Tensor:
-    return reference.forward(reference.Inputs(x, weight), reference.Spec(normalized_shape, eps)).y
-
-
-def _part_of_budget(ours: Tensor, exact: Tensor, *others: Tensor) -> float:
-    info = torch.finfo(ours.dtype)
-    exponent = torch.frexp(exact.abs().clamp(min=info.smallest_normal)).exponent
-    ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
-    budget = 2 * max((other.double() - exact).abs().max() for other in others) + ulp
-    return ((ours.double() - exact).abs() / budget).max().item()
+def errors(dtype: torch.dtype, weight_dtype: torch.dtype, rows: int, columns: int, device: torch.device) -> tuple[float, ...]:
+    """The largest errors of y, dx and dw of a random problem, as parts of the error budget."""
+    torch.manual_seed(0)
+    inputs = Inputs(testing.draw((rows, columns), dtype, device), testing.draw((columns,), weight_dtype, device))
+    dy = testing.draw((rows, columns), dtype, device)
+    results = testing.run(lambda x, weight, *_: triton_rmsnorm.rms_norm(x, weight.shape, weight, EPS), inputs, dy)
+    parts = testing.parts_of_budget(results, testing.expected(inputs, dy, Spec((columns,), EPS)))
+    return parts["y"], parts["dx"], parts["dweight"]
 
 
 def table(header: tuple, rows: list[tuple]) -> str:

@@ -16,21 +16,29 @@ from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, O
 from triton_rmsnorm.runtime import plan
 
 Tensors = tuple[Tensor | None, ...]
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """(y, x + residual or None), for plain eager. Saves what is normalized (x, or x + residual), the weight, the gate and rstd."""
+    """y, or (y, x + residual), for plain eager. Saves what is normalized (x, or x + residual), the weight, the gate and rstd."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec) -> Tensors:
-        y, rstd, residual_out = plan.forward(Inputs(x, weight, residual, gate), spec)
+    def run(inputs: Inputs, spec: Spec) -> Outputs:
+        if inputs.residual is None:
+            return Outputs(RMSNormFunction.apply(*inputs, spec), None, None)
+        y, residual_out = RMSNormFunction.apply(*inputs, spec)
+        return Outputs(y, None, residual_out)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec) -> Any:
+        y, rstd, residual_out = plan.forward((x, weight, residual, gate), spec)
         ctx.spec, ctx.x_dtype = spec, x.dtype
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing
         ctx.save_for_backward(x if residual is None else residual_out, weight, gate, rstd)
-        return y, residual_out
+        return y if residual is None else (y, residual_out)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None) -> Tensors:
+    def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None = None) -> Tensors:
         return _gradients(ctx, dy, dresidual_out)
 
 
@@ -100,46 +108,36 @@ class TransformableBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
-        tensors = ctx.saved_tensors
+        tensors, (spec, x_dtype, needs) = ctx.saved_tensors, ctx.rest
         present = [i for i, tensor in enumerate(tensors) if tensor is not None]
         used = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         if not used:
             return (None,) * 9
 
         def composed(*arguments: Tensor) -> tuple[Tensor, ...]:
-            filled = list(tensors)
-            for i, argument in zip(present, arguments, strict=True):
-                filled[i] = argument
-            outputs = composed_backward(*filled, *ctx.rest)
+            filled = dict(enumerate(tensors)) | dict(zip(present, arguments, strict=True))
+            outputs = composed_backward(tuple(filled.values()), spec, x_dtype, needs)
             return tuple(outputs[i] for i in used)
 
-        _, pullback = torch.func.vjp(composed, *(tensors[i] for i in present))
+        pullback = torch.func.vjp(composed, *(tensors[i] for i in present))[1]
         gradients = dict(zip(present, pullback(tuple(cotangents[i] for i in used)), strict=True))
         return *(gradients.get(i) for i in range(len(tensors))), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        dy, dresidual_out, x, weight, gate, rstd, spec, x_dtype, needs = arguments
-        dims = BackwardInputs(*in_dims[:6])
-        if dims.weight is not None:
-            composed = torch.func.vmap(lambda *tensors: composed_backward(*tensors, spec, x_dtype, needs), dims[:5])
-            outputs = composed(dy, dresidual_out, x, weight, gate)
+        *tensors, spec, x_dtype, needs = arguments
+        weight, weight_dim = tensors[3], in_dims[3]
+        if weight_dim is not None:
+            composed = torch.func.vmap(lambda *some: composed_backward(some, spec, x_dtype, needs), in_dims[:5])
+            outputs = composed(*tensors[:5])
             return outputs, (0,) * len(outputs)
-        dy, dresidual_out, x, gate, rstd = (
-            _batched(tensor, dim, info)
-            for tensor, dim in (
-                (dy, dims.dy),
-                (dresidual_out, dims.dresidual_out),
-                (x, dims.x),
-                (gate, dims.gate),
-                (rstd, dims.rstd),
-            )
-        )
-        given = BackwardInputs(dy, dresidual_out, x, weight, gate, rstd)
-        gradients = TransformableBackward.run(given, spec, x_dtype, needs._replace(dweight=False))
+        batched = [_batched(tensor, dim, info) for tensor, dim in zip(tensors, in_dims, strict=False)]
+        batched[3] = weight
+        gradients = TransformableBackward.run(BackwardInputs(*batched), spec, x_dtype, needs._replace(dweight=False))
         if needs.dweight:  # one for each sample, where the kernels sum over all rows
+            dy, _, x, _, gate, _ = batched
             (dweight,) = torch.func.vmap(
-                lambda dy, x, gate: composed_backward(dy, None, x, weight, gate, spec, x_dtype, Needs(dx=False)),
+                lambda dy, x, gate: composed_backward((dy, None, x, weight, gate), spec, x_dtype, Needs(dx=False)),
                 (0, 0, None if gate is None else 0),
             )(dy, x, gate)
             gradients = gradients._replace(dweight=dweight)
@@ -149,7 +147,7 @@ class TransformableBackward(torch.autograd.Function):
 
 def run_forward(inputs: Inputs, spec: Spec) -> Outputs:
     """The kernels, or the operator where something has to see it; all that is left to do inside of a Function."""
-    return plan.forward(inputs, spec) if is_direct(*inputs) else call_forward(inputs, spec)
+    return plan.forward(inputs, spec) if is_direct(inputs) else call_forward(inputs, spec)
 
 
 def run_backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype, needs: Needs) -> Gradients:
@@ -160,7 +158,7 @@ def run_backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype, needs:
     """
     if torch._C._are_functorch_transforms_active():
         return TransformableBackward.run(given, spec, x_dtype, needs)
-    if not is_direct(*given) or _is_vmapped(given) or has_tangent(*given):
+    if not is_direct(given) or _is_vmapped(given) or has_tangent(given):
         return from_operator(torch.ops.triton_rmsnorm.backward(*given, x_dtype, list(needs), *spec), needs)
     if torch.is_grad_enabled():  # create_graph
         return TransformableBackward.run(given, spec, x_dtype, needs)
@@ -180,17 +178,9 @@ def _gradients(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None) -> Ten
     return dx if needs_dx else None, dweight, (dx if shared else dresidual) if needs_dresidual else None, dgate, None
 
 
-def composed_backward(
-    dy: Tensor,
-    dresidual_out: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    gate: Tensor | None,
-    spec: Spec,
-    x_dtype: torch.dtype,
-    needs: Needs,
-) -> tuple[Tensor, ...]:
-    """The gradients that are needed, by differentiable operations, with rstd as the function of x that it is."""
+def composed_backward(differentiable: tuple[Any, ...], spec: Spec, x_dtype: torch.dtype, needs: Needs) -> tuple[Tensor, ...]:
+    """The gradients that are needed, by differentiable operations: of BackwardInputs without rstd, which is a function of x."""
+    dy, dresidual_out, x, weight, gate = differentiable
     rstd = reference.forward(Inputs(x, weight, gate=gate), spec).rstd
     assert rstd is not None
     gradients = reference.backward(BackwardInputs(dy, dresidual_out, x, weight, gate, rstd), spec, x_dtype)
@@ -212,7 +202,7 @@ def from_operator(gradients: tuple[Tensor, ...], needs: Needs) -> Gradients:
     return Gradients(*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)))
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(tensors: Tensors) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:  # here and in is_direct, any() and all() would take longer
             if tensor is not None and tensor.requires_grad:
@@ -220,17 +210,17 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def is_direct(*tensors: Tensor | None) -> bool:
+def is_direct(tensors: Tensors) -> bool:
     """Whether nothing but the kernels has to see the call: plain tensors, no tracing, no dispatch mode, no torch.func."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return False
     for tensor in tensors:  # noqa: SIM110
-        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if tensor is not None and type(tensor) not in _PLAIN:
             return False
     return True
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
+def has_tangent(tensors: Tensors) -> bool:
     """Whether any tensor carries a forward-mode tangent. Inside torch.func this cannot be seen per tensor, so there it is assumed."""
     return forward_ad._current_level >= 0 and (
         torch._C._are_functorch_transforms_active() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
@@ -247,7 +237,7 @@ def _present(tensors: Outputs | Gradients) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
-def _batched(tensor: Tensor | None, dim: int | None, info: Any) -> Tensor | None:
+def _batched(tensor: Tensor | None, dim: int | None, info: Any) -> Any:
     """The tensor with its batch dimension first; expanded to one if it has none."""
     if tensor is None:
         return None

@@ -1,6 +1,7 @@
 """How DTensors pass through the operators. Registered when the first call is made after torch.distributed.tensor was imported."""
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -17,15 +18,15 @@ def _register() -> None:
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
-    def sharded(x, normalized_shape):
+    def sharded(x: Any, normalized_shape: Any) -> list[Any]:
         """The placements of tensors of rows that the kernels accept on one mesh dimension."""
         return [Replicate(), *(Shard(dim) for dim in range(len(x.shape) - len(normalized_shape)))]
 
-    def where(tensor, placement):
+    def where(tensor: Any, placement: Any) -> Any:
         return None if tensor is None else placement
 
     @register_sharding(torch.ops.triton_rmsnorm.forward.default)
-    def forward(x, weight, residual, gate, normalized_shape, *rest):
+    def forward(x: Any, weight: Any, residual: Any, gate: Any, normalized_shape: Any, *rest: Any) -> list[Any]:
         return [
             (
                 [rows, rows, Replicate() if residual is None else rows],
@@ -35,7 +36,9 @@ def _register() -> None:
         ]
 
     @register_sharding(torch.ops.triton_rmsnorm.backward.default)
-    def backward(dy, dresidual_out, x, weight, gate, rstd, x_dtype, needs, normalized_shape, *rest):
+    def backward(
+        dy: Any, dresidual_out: Any, x: Any, weight: Any, gate: Any, rstd: Any, x_dtype: Any, needs: Any, normalized_shape: Any, *rest: Any
+    ) -> list[Any]:
         needs_dx, needs_dweight, needs_dresidual, needs_dgate = needs
         placements = []
         for rows in sharded(x, normalized_shape):

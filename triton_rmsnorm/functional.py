@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from triton_rmsnorm import reference
 from triton_rmsnorm.ops import normalize
 from triton_rmsnorm.reference import Inputs, Spec
 
+_PLAIN = (Tensor, Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -74,11 +75,11 @@ def rms_norm(
             rstd_dtype=rstd_dtype,
         )
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
-    if input.is_complex():
-        return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
-    if _AUTOCAST and torch.is_autocast_enabled("cuda"):
+    if input.layout is not torch.strided or input.is_complex():
+        return _by_torch(input, weight, eps, spec)
+    if _AUTOCAST and input.is_cuda and torch.is_autocast_enabled("cuda"):
         input, weight = _autocast(input, weight)
-    y = normalize(Inputs(input, weight), spec).y
+    y = normalize(Inputs(input, weight, None, None), spec).y
     return _channels_last(input, y) if input.dim() in (4, 5) else y
 
 
@@ -141,7 +142,8 @@ def add_rms_norm(
         )
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
     _check_beside("residual", residual, input)
-    y, _, residual_out = normalize(Inputs(input, weight, residual), spec)
+    y, _, residual_out = normalize(Inputs(input, weight, residual, None), spec)
+    assert residual_out is not None
     return y, residual_out
 
 
@@ -207,9 +209,23 @@ def rms_norm_gated(
         )
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
+    options = (group_size, weight_offset, x_hat_dtype, rstd_dtype, activation, norm_before_gate)
+    spec = _checked(input, normalized_shape, weight, eps, *options, real=True)
     _check_beside("gate", gate, input)
-    return normalize(Inputs(input, weight, None, gate), spec._replace(activation=activation, norm_before_gate=norm_before_gate)).y
+    return normalize(Inputs(input, weight, None, gate), spec).y
+
+
+def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spec) -> Tensor:
+    """Complex input and jagged nested tensors: torch's operator, which has none of the options. Other layouts are an error."""
+    if not spec.is_plain:
+        _check_dtype("input", input.dtype)
+        _check_layout("input", input.layout)
+    try:
+        return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
+    except RuntimeError as error:
+        if input.layout is torch.strided:
+            raise
+        raise type(error)(f"input must have layout torch.strided or torch.jagged, got {input.layout}") from error
 
 
 def _channels_last(input: Tensor, output: Tensor) -> Tensor:
@@ -217,8 +233,13 @@ def _channels_last(input: Tensor, output: Tensor) -> Tensor:
     return output.contiguous(memory_format=suggest_memory_format(input)) if input.stride(1) == 1 else output
 
 
-def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=False) -> Spec:
-    """The Spec of a call whose arguments fit one another; raises what torch raises where they do not."""
+def _checked(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, *options: Any, real: bool = False
+) -> Spec:
+    """The Spec of a call whose arguments fit one another; raises what torch raises where they do not.
+
+    `options` are further fields of Spec; `real`: complex input is not accepted.
+    """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if type(normalized_shape) is not tuple and not isinstance(normalized_shape, Sequence):
@@ -230,56 +251,71 @@ def _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
     if eps is not None and type(eps) is not float and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
         eps = _number(eps)
-    rest = (tuple(normalized_shape), eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real)
-    symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(input) not in (Tensor, Parameter)
-    if symbolic:  # sizes that cannot be looked up
-        return _fit(input, weight, *rest)
-    return _cached_fit(_key(input), _key(weight), *rest)
+    x_key = (input.shape, input.dtype, input.device, input.layout)
+    weight_key = None if weight is None else (weight.shape, weight.dtype, weight.device, weight.layout)
+    if type(input) not in _PLAIN or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # sizes may be symbolic
+        return _fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
+    return _cached_fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
 
 
 class _Metadata(NamedTuple):
-    """What of a tensor a check looks at."""
+    """The metadata of a tensor that a check depends on."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    layout: torch.layout
 
 
-def _key(tensor: Tensor | None) -> tuple | None:
-    """The fields of its _Metadata, which itself would take longer to make."""
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+_MetadataKey = tuple[torch.Size, torch.dtype, torch.device, torch.layout]  # quicker to make than a _Metadata
 
 
-@lru_cache(maxsize=4096)
-def _cached_fit(input: tuple, weight: tuple | None, *rest) -> Spec:
-    return _fit(_Metadata(*input), None if weight is None else _Metadata(*weight), *rest)
-
-
-def _fit(input, weight, normalized_shape, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real) -> Spec:
-    """The checks that need no more of input and weight than their metadata."""
-    ndim = len(normalized_shape)
+def _fit(
+    x_key: _MetadataKey, weight_key: _MetadataKey | None, normalized_shape: tuple[int, ...], eps: float | None, real: bool, *options: Any
+) -> Spec:
+    """The checks that need only the metadata of input and weight."""
+    x, weight = _Metadata(*x_key), None if weight_key is None else _Metadata(*weight_key)
+    ndim, got = len(normalized_shape), (*x.shape,)
+    # After the semicolon: the phrases of torch's own messages, for what looks for them.
     if ndim == 0:
-        raise RuntimeError("normalized_shape must have at least one dimension, got ()")
-    if len(input.shape) < ndim:
-        raise ValueError(f"input must have at least {ndim} dimensions to match normalized_shape {normalized_shape}, got {len(input.shape)}")
-    if (*input.shape[-ndim:],) != normalized_shape:
-        raise RuntimeError(f"input must have shape (*, {', '.join(map(str, normalized_shape))}), got {(*input.shape,)}")
+        raise RuntimeError(
+            "normalized_shape must have at least one dimension, got (); Expected normalized_shape to be at least 1-dimensional, i.e., "
+            "containing at least one element"
+        )
+    if len(got) < ndim:
+        raise ValueError(f"input must have at least {ndim} dimensions to match normalized_shape {normalized_shape}, got {len(got)}")
+    if got[-ndim:] != normalized_shape:
+        sizes = ", ".join(map(str, normalized_shape))
+        raise RuntimeError(
+            f"input must have shape (*, {sizes}), got {got}; Given normalized_shape=[{sizes}], expected input with shape [*, {sizes}], "
+            f"but got input of size[{', '.join(map(str, got))}]"
+        )
     if weight is not None:
         if (*weight.shape,) != normalized_shape:
-            raise RuntimeError(f"weight must have shape {normalized_shape} to match normalized_shape, got {(*weight.shape,)}")
-        if weight.device != input.device:
-            raise RuntimeError(f"weight must be on the device of input, {input.device}, got {weight.device}")
-    elif weight_offset != 0.0:
-        raise ValueError(f"weight_offset must be 0 without a weight, got {weight_offset}")
-    if real or not input.dtype.is_complex:  # last, as in torch
-        _check_dtype("input", input)
+            raise RuntimeError(
+                f"weight must have shape {normalized_shape} to match normalized_shape, got {(*weight.shape,)}; Expected weight to be of "
+                "same shape as normalized_shape"
+            )
+        if weight.device != x.device:
+            raise RuntimeError(f"weight must be on the device of input, {x.device}, got {weight.device}")
+    spec = Spec(normalized_shape, torch.finfo(reference.accumulation_dtype(x)).eps if eps is None else eps, *options)
+    if weight is None and spec.weight_offset != 0.0:
+        raise ValueError(f"weight_offset must be 0 without a weight, got {spec.weight_offset}")
+    if real or not x.dtype.is_complex:  # last, as in torch
+        _check_dtype("input", x.dtype)
         if weight is not None:
-            _check_dtype("weight", weight)
-    if group_size is not None and (group_size < 1 or prod(normalized_shape) % group_size):
-        raise ValueError(f"group_size must divide the normalized size {prod(normalized_shape)}, got {group_size}")
-    if eps is None:
-        eps = torch.finfo(reference.accumulation_dtype(input)).eps
-    return Spec(normalized_shape, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
+            _check_dtype("weight", weight.dtype)
+    if weight is not None:
+        _check_layout("weight", weight.layout)
+    if real:
+        _check_layout("input", x.layout)
+    size = prod(normalized_shape)
+    if spec.group_size is not None and (spec.group_size < 1 or size % spec.group_size):
+        raise ValueError(f"group_size must divide the normalized size {size}, got {spec.group_size}")
+    return spec
+
+
+_cached_fit = lru_cache(maxsize=4096)(_fit)
 
 
 def _check_beside(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -290,19 +326,25 @@ def _check_beside(name: str, tensor: Tensor, input: Tensor) -> None:
         raise RuntimeError(f"{name} must have the shape of input, {(*input.shape,)}, got {(*tensor.shape,)}")
     if tensor.device != input.device:
         raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {tensor.device}")
-    _check_dtype(name, tensor)
+    _check_dtype(name, tensor.dtype)
+    _check_layout(name, tensor.layout)
 
 
-def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES:
-        raise NotImplementedError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise NotImplementedError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-def _is_size(size) -> bool:
+def _check_layout(name: str, layout: torch.layout) -> None:
+    if layout is not torch.strided:
+        raise NotImplementedError(f"{name} must have layout torch.strided, got {layout}")
+
+
+def _is_size(size: Any) -> bool:
     return isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool)
 
 
-def _number(eps) -> float:
+def _number(eps: Any) -> float:
     if isinstance(eps, Tensor) and eps.dim() == 0 and not eps.requires_grad:
         return eps.item()
     if isinstance(eps, Real):  # NumPy's
@@ -316,7 +358,5 @@ _AUTOCAST = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "Au
 
 def _autocast(input: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Casts as the running torch does before its own operator; fp64 is exempt."""
-    if not input.is_cuda:
-        return input, weight
     half = (torch.float16, torch.bfloat16)
     return input.float() if input.dtype in half else input, weight.float() if weight is not None and weight.dtype in half else weight

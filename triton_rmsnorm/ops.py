@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_rmsnorm import reference
 from triton_rmsnorm.autograd import (
@@ -29,8 +30,7 @@ from triton_rmsnorm.autograd import (
     needs_grad,
 )
 from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec, accumulation_dtype
-from triton_rmsnorm.runtime import plan
-from triton_rmsnorm.runtime.launch import runs_on
+from triton_rmsnorm.runtime import launch, plan
 
 _SPEC = (
     "SymInt[] normalized_shape, float eps, SymInt? group_size, float weight_offset, ScalarType? x_hat_dtype, ScalarType? rstd_dtype, "
@@ -49,22 +49,22 @@ _library.define(
 
 def normalize(inputs: Inputs, spec: Spec) -> Outputs:
     """y and x + residual, differentiable in every input; rstd is there or not, whichever is cheaper."""
-    x = inputs.x
-    if not runs_on(x.device) or torch._C._get_tracing_state() is not None:
-        if inputs.residual is None and inputs.gate is None and spec == Spec(spec.normalized_shape, spec.eps):
-            return Outputs(F.rms_norm(x, spec.normalized_shape, inputs.weight, spec.eps), None, None)
+    x, weight, residual, _ = inputs
+    if not launch.runs_on(x.device) or torch._C._get_tracing_state() is not None:
+        if residual is None and spec.is_plain:
+            return Outputs(F.rms_norm(x, spec.normalized_shape, weight, spec.eps), None, None)
         return reference.forward(inputs, spec)
-    transformed = torch._C._are_functorch_transforms_active()
-    if has_tangent(*inputs) or (transformed and (torch.compiler.is_compiling() or _functionalized())):
-        return reference.forward(inputs, spec)
-    if transformed:
+    if torch._C._are_functorch_transforms_active():
+        if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or _functionalized():
+            return reference.forward(inputs, spec)
         return TransformableForward.run(inputs, spec)
-    if not is_direct(*inputs):
+    if forward_ad._current_level >= 0 and has_tangent(inputs):
+        return reference.forward(inputs, spec)
+    if not is_direct(inputs):
         return call_forward(inputs, spec)
-    if not needs_grad(*inputs):
+    if not needs_grad(inputs):
         return plan.forward(inputs, spec, needs_rstd=False)
-    y, residual_out = RMSNormFunction.apply(*inputs, spec)
-    return Outputs(y, None, residual_out)
+    return RMSNormFunction.run(inputs, spec)
 
 
 def _functionalized() -> bool:
@@ -118,11 +118,11 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _autograd_forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, *fields: Any) -> tuple[Tensor, ...]:
     inputs = Inputs(x, weight, residual, gate)
-    if has_tangent(*inputs):
+    if has_tangent(inputs):
         return _to_operator(reference.forward(inputs, _spec(fields)), x)
-    if needs_grad(*inputs):
+    if needs_grad(inputs):
         return _to_operator(TransformableForward.run(inputs, _spec(fields)), x)
-    if is_direct(*inputs):  # another dispatch would cost as much as the one that led here
+    if is_direct(inputs):  # another dispatch would cost as much as the one that led here
         return _forward(*inputs, *fields)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.triton_rmsnorm.forward(*inputs, *fields)
@@ -131,12 +131,12 @@ def _autograd_forward(x: Tensor, weight: Tensor | None, residual: Tensor | None,
 def _autograd_backward(*arguments: Any) -> tuple[Tensor, ...]:
     given, x_dtype, needs, spec = _backward_arguments(arguments)
     differentiable = given[:5]  # rstd is a function of x
-    if has_tangent(*differentiable):
-        outputs = iter(composed_backward(*differentiable, spec, x_dtype, needs))
+    if has_tangent(differentiable):
+        outputs = iter(composed_backward(differentiable, spec, x_dtype, needs))
         return _to_operator(Gradients(*(next(outputs) if needed else None for needed in needs)), given.x)
-    if needs_grad(*differentiable):
+    if needs_grad(differentiable):
         return _to_operator(TransformableBackward.run(given, spec, x_dtype, needs), given.x)
-    if is_direct(*differentiable):
+    if is_direct(differentiable):
         return _backward(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.triton_rmsnorm.backward(*arguments)

@@ -52,7 +52,12 @@ class Spec(NamedTuple):
     def groups(self) -> int:
         return prod(self.normalized_shape) // self.columns if self.columns else 1
 
-    def rstd_shape(self, shape: torch.Size) -> tuple[int, ...]:
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch.nn.functional.rms_norm computes it."""
+        return self == Spec(self.normalized_shape, self.eps)
+
+    def rstd_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of rstd for an input of `shape`: one value per row and group, with as many dimensions as the input."""
         ndim = len(self.normalized_shape)
         return (*shape[:-ndim], *(1,) * (ndim - 1), self.groups)
@@ -76,6 +81,9 @@ class Inputs(NamedTuple):
     weight: Tensor | None = None
     residual: Tensor | None = None
     gate: Tensor | None = None
+
+
+InputTuple = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # Inputs, or the same as a tuple that is quicker to make
 
 
 class Outputs(NamedTuple):

@@ -69,7 +69,7 @@ def composed(spec: Spec) -> Norm:
     """The norm of torch's operations: its own operator where it has one for `spec`, else from `reference`."""
 
     def norm(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, gate: Tensor | None = None) -> Any:
-        if residual is None and gate is None and spec == Spec(spec.normalized_shape, spec.eps):
+        if residual is None and spec.is_plain:
             return F.rms_norm(x, spec.normalized_shape, weight, spec.eps)
         y, _, residual_out = reference.forward(Inputs(x, weight, residual, gate), spec)
         return y if residual_out is None else (y, residual_out)
@@ -217,7 +217,7 @@ def _exact_longdouble(inputs: Inputs, dy: Tensor, spec: Spec, dresidual_out: Ten
         results |= {"residual_out": x, "dresidual": results["dx"]}
     if gate is not None:
         results["dgate"] = (dy_rows * w * x_hat if spec.norm_before_gate else du * x) * slope
-    like = dict.fromkeys(results, inputs.x) | {"dweight": inputs.weight}
+    like: dict[str, Any] = dict.fromkeys(results, inputs.x) | {"dweight": inputs.weight}
     return {name: expect(result, like[name]) for name, result in results.items()}
 
 
@@ -231,7 +231,8 @@ def expect(exact: "np.ndarray", like: Tensor) -> Expected:
     """An exact result of long doubles, with the shape and device of `like`."""
     value = exact.astype("float64")
     rest = (exact - value).astype("float64")
-    return Expected(*(torch.from_numpy(part).reshape(like.shape).to(like.device) for part in (value, rest)))
+    tensors = [torch.from_numpy(part).reshape(like.shape).to(like.device) for part in (value, rest)]
+    return Expected(tensors[0], tensors[1])
 
 
 def _activation_longdouble(z: "np.ndarray", activation: str) -> tuple["np.ndarray", "np.ndarray"]:

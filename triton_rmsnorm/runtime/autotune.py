@@ -264,7 +264,7 @@ class _Trial:
 
     def _launches(self, config: Config) -> list[tuple[Launch, list[Tensor | None]]]:
         """The launches in order, with their pointers."""
-        layouts = {name: None if (key := key_of(tensor)) is None else Layout(*key) for name, tensor in self.inputs.items()}
+        layouts: dict[str, Any] = {name: (key := key_of(tensor)) and Layout(*key) for name, tensor in self.inputs.items()}
         x, weight, gate = layouts["X"], layouts["W"], layouts["GATE"]
         scratch: dict[str, Tensor] = {}
         steps: tuple[Launch | None, ...]

@@ -71,11 +71,6 @@ class Launch:
         return None
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of `device`: on a GPU, and on the CPU when Triton interprets."""
-    return device.type in _device_types
-
-
 def device_of(device: torch.device) -> Device:
     """The Device that a launch on tensors of `device` is configured for."""
     if _stand_in is not None:
@@ -90,7 +85,7 @@ def as_compiled(device: Device) -> Device:
 
 @cache
 def _gpu(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
     return as_compiled(
         Device(
@@ -108,6 +103,12 @@ def kept(function: Callable[P, R]) -> Callable[P, R]:
     cached = lru_cache(maxsize=4096)(function)
     _caches.append(cached)
     return cached  # type: ignore[return-value]
+
+
+@kept
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of `device`: on a GPU, and on the CPU when Triton interprets."""
+    return device.type in _device_types
 
 
 def forget() -> None:

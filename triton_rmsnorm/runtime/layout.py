@@ -17,6 +17,12 @@ class Layout(NamedTuple):
     dtype: torch.dtype
     negative: bool = False  # torch's lazy negation: such a tensor is copied
 
+    @property
+    def span(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return 0 if 0 in self.shape else (last + 1) * self.dtype.itemsize
+
 
 LayoutKey = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
 
@@ -62,7 +68,7 @@ def row_strides(spec: Spec, tensors: list[Layout]) -> tuple[tuple[int, ...], int
 
 def in_place(spec: Spec, weight: Layout | None, *rows: Layout | None) -> bool:
     """Whether the kernels can read all of these tensors where they are."""
-    if weight and (weight.negative or (len(weight_strides(weight)) > 1 and prod(weight.shape))):
+    if weight and (weight.negative or (len(weight_strides(weight)) > 1 and 0 not in weight.shape)):
         return False
     return all(rows_in_place(x, spec) for x in rows if x)
 
@@ -71,7 +77,7 @@ def rows_in_place(x: Layout, spec: Spec) -> bool:
     """Whether the normalized dimensions of x are one contiguous run, and its sign is materialized."""
     run = 1
     for size, stride in zip(reversed(spec.normalized_shape), reversed(x.strides), strict=False):
-        if size != 1 and stride != run and prod(x.shape):
+        if size != 1 and stride != run and 0 not in x.shape:
             return False
         run *= size
     return not x.negative

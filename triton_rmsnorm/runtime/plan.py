@@ -3,54 +3,60 @@
 All but the pointers is prepared once and kept; after that a call allocates its outputs and starts the compiled kernels.
 """
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec, accumulation_dtype
+from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, InputTuple, Needs, Outputs, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import kernels, table
 from triton_rmsnorm.runtime.config import Config, Device, Key, reduction_config
 from triton_rmsnorm.runtime.launch import INTERPRETED, Launch, device_of, kept
-from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, key_of, readable, row_strides, weight_strides
+from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, readable, row_strides, weight_strides
 
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
 MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers in the kernels, also those of the last tile, which may go beyond the rows
 
 
-def forward(inputs: Inputs, spec: Spec, needs_rstd: bool = True) -> Outputs:
+def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> Outputs:
     """y, rstd if it is needed, and x + residual where there is a residual, in one launch."""
     x, weight, residual, gate = inputs
-    plan = _forward_plan(spec, needs_rstd, x.device, key_of(x), key_of(weight), key_of(residual), key_of(gate))
+    keys = [None if t is None else (t.shape, t.stride(), t.dtype, t.is_neg()) for t in inputs]  # as key_of
+    plan = _forward_plan(spec, needs_rstd, x.device, *keys)
     if plan is None:
         return forward(_readable_inputs(inputs, spec), spec, needs_rstd)
-    y, rstd, residual_out = _allocate(plan.y, x), _allocate(plan.rstd, x), _allocate(plan.residual_out, x)
+    outputs: list[Any] = [None if new is None else new() for new in plan.outputs]
+    y, rstd, residual_out = outputs
     if plan.launch is not None:
         plan.launch(x, weight, residual, gate, y, rstd, residual_out)
     elif rstd is not None:
         rstd.fill_(torch.nan)  # the mean of nothing
-    return Outputs(y, rstd, residual_out)  # type: ignore[arg-type] # y is always allocated
+    return Outputs(y, rstd, residual_out)
 
 
 def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = None, needs: Needs = Needs()) -> Gradients:  # noqa: B008
     """The gradients that are needed (by default dx and dweight), contiguous; arguments as in reference.backward."""
     dy, dresidual_out, x, weight, gate, rstd = given
-    keys = (key_of(dy), key_of(dresidual_out), key_of(x), key_of(weight), key_of(gate))
+    keys = [None if t is None else (t.shape, t.stride(), t.dtype, t.is_neg()) for t in given[:5]]  # as key_of; rstd is contiguous
     plan = _backward_plan(spec, needs, x.device, x_dtype or x.dtype, *keys)
     if plan is None:
         return backward(_readable_backward_inputs(given, spec), spec, x_dtype, needs)
-    gradients = Gradients(*[_allocate(buffer, x) for buffer in plan.gradients])
-    dx, dweight, dresidual, dgate = gradients
+    buffers: list[Any] = [None if new is None else new() for new in plan.buffers]
+    dx, dweight, dresidual, dgate, c1, dw_partial = buffers
+    gradients = Gradients(dx, dweight, dresidual, dgate)
     if plan.launches is None:
         if dweight is not None:
             dweight.zero_()
         return gradients
 
+    if weight is not None and weight.untyped_storage().nbytes() < plan.weight_bytes:
+        held = weight.untyped_storage().nbytes() // weight.element_size()
+        raise RuntimeError(f"weight must have the data in backward that it had in forward, {(*weight.shape,)}, got storage of {(held,)}")
     rstd = rstd.contiguous()
-    c1, dw_partial = _allocate(plan.c1, x), _allocate(plan.dw_partial, x)
     if plan.launches.c1 is not None:
         plan.launches.c1(dy, x, weight, gate, rstd, c1)
     plan.launches.main(dy, dresidual_out, x, weight, gate, rstd, c1, dx, dw_partial, dresidual, dgate)
@@ -65,65 +71,47 @@ class BackwardLaunches(NamedTuple):
     sum_partials: Launch | None  # where dweight is needed
 
 
+Buffer = Callable[[], Any]  # returns a new tensor
+
+
 class _ForwardPlan(NamedTuple):
     launch: Launch | None  # None: nothing to compute
-    y: Layout
-    rstd: Layout | None
-    residual_out: Layout | None
+    outputs: tuple[Buffer | None, ...]  # y, rstd, residual_out
 
 
 class _BackwardPlan(NamedTuple):
     launches: BackwardLaunches | None  # None: nothing to compute
-    gradients: tuple[Layout | None, ...]
-    c1: Layout | None = None
-    dw_partial: Layout | None = None
+    buffers: tuple[Buffer | None, ...]  # the gradients, c1 and the partial sums of dweight
+    weight_bytes: int = 0  # that its elements span
 
 
 @kept
-def _forward_plan(
-    spec: Spec,
-    needs_rstd: bool,
-    device: torch.device,
-    x_key: LayoutKey,
-    weight_key: LayoutKey | None,
-    residual_key: LayoutKey | None,
-    gate_key: LayoutKey | None,
-) -> _ForwardPlan | None:
+def _forward_plan(spec: Spec, needs_rstd: bool, device: torch.device, *keys: LayoutKey | None) -> _ForwardPlan | None:
     """Everything of a forward except the pointers; None if some tensor cannot be read in place."""
-    x, weight, residual, gate = Layout(*x_key), _layout(weight_key), _layout(residual_key), _layout(gate_key)
+    x, weight, residual, gate = (None if key is None else Layout(*key) for key in keys)
+    assert x
     if not in_place(spec, weight, x, residual, gate):
         return None
     if needs_rstd:  # a search for the backward's configuration runs now, because memory is short when the backward itself runs
         own_dresidual = residual is not None and residual.dtype != x.dtype
         table.choose(_key("backward", spec, weight, x, residual, gate, own_dresidual), device_of(device))
-    return _ForwardPlan(
-        forward_launch(spec, device_of(device), x, weight, residual, gate) if prod(x.shape) else None,
+    outputs = _new(
+        device,
         contiguous(x.shape, spec.output_dtype(x, weight)),
         contiguous(spec.rstd_shape(x.shape), accumulation_dtype(x, residual, gate)) if needs_rstd else None,
         contiguous(x.shape, residual.dtype) if residual else None,
     )
+    return _ForwardPlan(forward_launch(spec, device_of(device), x, weight, residual, gate) if prod(x.shape) else None, outputs)
 
 
 @kept
-def _backward_plan(
-    spec: Spec,
-    needs: Needs,
-    device: torch.device,
-    x_dtype: torch.dtype,
-    dy_key: LayoutKey,
-    dresidual_out_key: LayoutKey | None,
-    x_key: LayoutKey,
-    weight_key: LayoutKey | None,
-    gate_key: LayoutKey | None,
-) -> _BackwardPlan | None:
+def _backward_plan(spec: Spec, needs: Needs, device: torch.device, x_dtype: torch.dtype, *keys: LayoutKey | None) -> _BackwardPlan | None:
     """Everything of a backward except the pointers; None if some tensor cannot be read in place."""
-    dy, dresidual_out, x, weight, gate = (
-        Layout(*dy_key),
-        _layout(dresidual_out_key),
-        Layout(*x_key),
-        _layout(weight_key),
-        _layout(gate_key),
-    )
+    dy, dresidual_out, x, weight, gate = (None if key is None else Layout(*key) for key in keys)
+    assert dy and x
+    _check_saved("input", x, dy.shape)
+    _check_saved("weight", weight, spec.normalized_shape)
+    _check_saved("gate", gate, dy.shape)
     if not in_place(spec, weight, dy, dresidual_out, x, gate):
         return None
     needs = needs._replace(dweight=needs.dweight and weight is not None)
@@ -134,15 +122,18 @@ def _backward_plan(
         contiguous(x.shape, gate.dtype) if gate and needs.dgate else None,
     )
     if not prod(x.shape) or not any(needs):
-        return _BackwardPlan(None, gradients)
+        return _BackwardPlan(None, _new(device, *gradients, None, None))
     launches = backward_launches(spec, device_of(device), needs, dy, dresidual_out, x, weight, gate)
     acc = accumulation_dtype(x, gate, weight)
-    return _BackwardPlan(
-        launches,
-        gradients,
-        contiguous(spec.rstd_shape(x.shape), acc) if launches.c1 else None,
-        contiguous((launches.main.grid[0], prod(spec.normalized_shape)), acc) if needs.dweight else None,
-    )
+    c1 = contiguous(spec.rstd_shape(x.shape), acc) if launches.c1 else None
+    dw_partial = contiguous((launches.main.grid[0], prod(spec.normalized_shape)), acc) if needs.dweight else None
+    return _BackwardPlan(launches, _new(device, *gradients, c1, dw_partial), weight.span if weight else 0)
+
+
+def _check_saved(name: str, saved: Layout | None, shape: tuple[int, ...]) -> None:
+    """What the forward saved may have got other data since: distributed training frees and partitions weights."""
+    if saved and (*saved.shape,) != (*shape,):
+        raise RuntimeError(f"{name} must have the same shape in backward as in forward, {(*shape,)}, got {(*saved.shape,)}")
 
 
 def forward_launch(
@@ -255,15 +246,12 @@ def _itemsize(*layouts: Layout | None) -> int:
     return max(layout.dtype.itemsize if layout else 0 for layout in layouts)
 
 
-def _layout(key: LayoutKey | None) -> Layout | None:
-    return None if key is None else Layout(*key)
+def _new(device: torch.device, *buffers: Layout | None) -> tuple[Buffer | None, ...]:
+    """What allocates the buffers, prepared as far as possible."""
+    return tuple(None if b is None else partial(torch.empty_strided, b.shape, b.strides, dtype=b.dtype, device=device) for b in buffers)
 
 
-def _allocate(layout: Layout | None, like: Tensor) -> Tensor | None:
-    return None if layout is None else torch.empty_strided(layout.shape, layout.strides, dtype=layout.dtype, device=like.device)
-
-
-def _readable_inputs(inputs: Inputs, spec: Spec) -> Inputs:
+def _readable_inputs(inputs: InputTuple, spec: Spec) -> Inputs:
     x, weight, residual, gate = inputs
     return Inputs(
         readable(x, spec),
