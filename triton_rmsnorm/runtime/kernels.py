@@ -174,8 +174,13 @@ def _norm_output(u, rstd, w, z, ARITHMETIC: tl.constexpr):
     return y
 
 
-# Integers that depend on the batch are not specialized: one compiled kernel serves any number of rows.
-@triton.jit(do_not_specialize=["M", "sizes", "x_strides", "residual_strides", "gate_strides"])
+# Arguments that depend on the batch. They are not specialized, so one compiled kernel serves any number of rows.
+_STRIDES = ["x_strides", "residual_strides", "gate_strides", "dy_strides", "dresidual_out_strides"]
+_OF_BATCH = ["M", "programs", "sizes", *_STRIDES]
+_jit = triton.jit(do_not_specialize=_OF_BATCH, do_not_specialize_on_alignment=_OF_BATCH)
+
+
+@_jit
 def _rms_norm_fwd_kernel(
     X,  # [M, GROUPS · N], strided
     W,  # [GROUPS · N], strided, or None
@@ -228,7 +233,7 @@ def _rms_norm_fwd_kernel(
     _store(Y + out_row, cols, y, mask, STORE_POLICY)
 
 
-@triton.jit(do_not_specialize=["M", "sizes", "x_strides", "residual_strides", "gate_strides"])
+@_jit
 def _rms_norm_fwd_blocked_kernel(
     X,
     W,
@@ -288,7 +293,7 @@ def _rms_norm_fwd_blocked_kernel(
         _store(Y + out_row, cols, y, mask, STORE_POLICY)
 
 
-@triton.jit(do_not_specialize=["M", "sizes", "dy_strides", "dresidual_out_strides", "x_strides", "gate_strides"])
+@_jit
 def _rms_norm_bwd_kernel(
     DY,  # [M, GROUPS · N], strided
     DRESIDUAL_OUT,  # as DY, or None
@@ -390,7 +395,7 @@ def _rms_norm_bwd_kernel(
         tl.store(partial + cols, tl.sum(dw, axis=0), mask=cols < N)
 
 
-@triton.jit(do_not_specialize=["M", "sizes", "dy_strides", "x_strides", "gate_strides"])
+@_jit
 def _rms_norm_bwd_c1_kernel(
     DY,
     X,
@@ -440,7 +445,7 @@ def _rms_norm_bwd_c1_kernel(
     tl.store(C1 + row_stats, tl.sum(products, axis=1) / N, mask=rows < M)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@_jit
 def _sum_partials_kernel(DW_PARTIAL, DW, programs: tl.int32, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dw [COLS]: the sum over programs of DW_PARTIAL [programs, COLS], cast to the dtype of the weight."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,0 +1,89 @@
+"""Properties of compiled code that the interpreter cannot show: no dependence on the number of rows, and no contraction to fma."""
+
+import itertools
+import re
+from collections import Counter
+
+import pytest
+import torch
+from processes import compiled
+
+from bench.audit.compile import TARGETS, compile_for
+from bench.audit.record import launches
+from bench.problem import Problem
+from triton_rmsnorm import rms_norm
+from triton_rmsnorm.runtime.launch import pretend, recorded
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compiled")]
+
+# Several rows per tile, with one element of a row per thread; the same for an even length; one row per tile; rows in blocks of columns.
+COLUMNS = (33, 256, 4096, 300_000)
+DIRECTIONS = ("forward", "backward")
+VARIANTS = ("plain", "residual", "gate", "gate_first")
+FLOAT = r"\b((?:mul|add|sub|mad|fma)(?:\.rn)?)\.f32\b"
+
+
+def code_of(found, target: str) -> str:
+    launch = found.launch
+    code = compile_for(launch.kernel, [*found.pointers.values(), *launch.arguments], launch.options, TARGETS[target].gpu).asm
+    return code["ptx" if "ptx" in code else "amdgcn"]
+
+
+def code_for_rows() -> dict[tuple, bool]:
+    """Whether the code of every step is the same for 1 row, 16 and 17: 1 and multiples of 16 are what Triton specializes on."""
+
+    def codes(*problem, target):
+        return [code_of(found, target) for found in launches(Problem(*problem), TARGETS[target].device)]
+
+    return {
+        (target, direction, n): all(codes(1, n, direction, target=target) == codes(m, n, direction, target=target) for m in (16, 17))
+        for target, direction, n in itertools.product(("sm_90", "gfx942"), DIRECTIONS, COLUMNS)
+    }
+
+
+def codes_of_views() -> int:
+    """How many different sequences of floating-point instructions there are for a view whose sizes and strides grow with the batch.
+
+    Triton specializes on integers in tuples that are divisible by 16, whatever it is told, so addresses may be calculated otherwise.
+    """
+    codes = set()
+    for batch in (2, 5, 16, 17):
+        x = torch.empty(batch, 7, 3, 128, device="meta")[:, :, 1].transpose(0, 1)
+        with pretend(TARGETS["sm_90"].device, "meta"), recorded(run=False) as found:
+            rms_norm(x, (128,))
+        codes.add(tuple(re.findall(r"\S+\.f32\b", code_of(found[0], "sm_90"))))
+    return len(codes)
+
+
+def arithmetic() -> dict[tuple, Counter]:
+    """How often each instruction of fp32 arithmetic occurs. Without a rounding (.rn), the assembler may contract it."""
+    found = {}
+    for direction, variant, dtype in itertools.product(DIRECTIONS, VARIANTS, ("fp32", "bf16")):
+        for launch in launches(Problem(64, 33, direction, variant, dtype, dtype), TARGETS["sm_90"].device):
+            found[launch.step, variant, dtype] = Counter(re.findall(FLOAT, code_of(launch, "sm_90")))
+    (launch,) = launches(Problem(64, 33, dtype="fp32", weight_dtype="fp32"), TARGETS["sm_90"].device)
+    launch.launch.options["enable_fp_fusion"] = True
+    found["contraction allowed"] = Counter(re.findall(FLOAT, code_of(launch, "sm_90")))
+    return found
+
+
+def test_code_does_not_depend_on_the_number_of_rows():
+    assert [case for case, same in compiled(code_for_rows).items() if not same] == []
+
+
+def test_arithmetic_does_not_depend_on_sizes_of_views():
+    assert compiled(codes_of_views) == 1
+
+
+def test_nothing_is_contracted():
+    """Products and sums are fused where the kernels say so and nowhere else.
+
+    Contraction would make results depend on what the compiler knows of the arguments. Where a thread holds one element of a row, it would
+    also leave the lanes of a warp with different last bits of one sum, which they write to one address.
+    """
+    found = compiled(arithmetic)
+    allowed = found.pop("contraction allowed")
+    assert allowed.keys() & {"mul", "add", "fma.rn"}  # this is what it would look like
+    for case, counts in found.items():
+        assert counts.keys() <= {"mul.rn", "add.rn", "sub.rn", "fma.rn"}, case
+        assert (counts["fma.rn"] > 0) == (case[0] == "backward"), case
