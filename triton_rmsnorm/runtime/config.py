@@ -4,7 +4,8 @@ The number of rows is not part of a key. So y and dx of a row do not depend on i
 batch changes. This module needs no GPU, no torch and no Triton.
 
 Each threshold says where it comes from. "Measured" means timed on an H200 with Triton 3.9, with a cold L2 cache, on bf16 tensors of 2^26
-elements (bench/results/sweep-h200.json; what was predicted: bench/results/log.md). "Compiled" means registers and spills read from the binaries of sm_80, sm_90 and sm_100.
+elements; bench/results/ has the times (sweep-h200.json) and what was predicted before (log.md). "Compiled" means registers and spills read
+from the binaries of sm_80, sm_90 and sm_100.
 """
 
 from dataclasses import dataclass
