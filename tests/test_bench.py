@@ -340,15 +340,8 @@ def test_ours_must_be_right(bench_run, monkeypatch):
 
 def row(problem, provider, us, **fields):
     timing = {"us": us, "low_us": us - 1, "high_us": us + 1, "calls": 9, "gb_per_s": problem.bytes / us / 1000}
-    return {
-        "problem": problem._asdict(),
-        "provider": provider,
-        "bytes": problem.bytes,
-        "status": "measured",
-        "note": "",
-        **timing,
-        **fields,
-    }
+    about = {"problem": problem._asdict(), "provider": provider, "bytes": problem.bytes, "status": "measured", "note": ""}
+    return {**about, **timing, **fields}
 
 
 LARGE = [Problem(problems.rows(n), n, direction) for n in (1024, 4096) for direction in ("forward", "backward")]
@@ -389,14 +382,10 @@ def test_plot(tmp_path, monkeypatch, capsys):
     assert str(picture) in capsys.readouterr().out
 
 
-def test_pictures_leave_the_backend_alone(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails, whose import would choose a backend
-    report.picture([made_up(row(LARGE[0], OURS, 100))]).savefig(tmp_path / "plot.png")
-
-
-def test_plot_of_what_is_there(tmp_path):
-    for rows in ([row(LARGE[0], OURS, 100)], []):
-        report.picture([made_up(*rows)]).savefig(tmp_path / "plot.png")
+@pytest.mark.parametrize("rows", [[row(LARGE[0], OURS, 100)], []], ids=["one row", "nothing"])
+def test_plot_of_what_is_there(rows, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # cannot be imported: it would choose the caller's backend
+    report.picture([made_up(*rows)]).savefig(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=str)
