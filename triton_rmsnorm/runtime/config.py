@@ -162,6 +162,8 @@ def _backward(key: Key, device: Device) -> Config:
         if num_ctas > device.max_ctas:
             columns, threads, num_ctas, held = BLOCKED_COLUMNS * 2 // itemsize, 512, 1, True
     loaded = block_m * columns // num_ctas * key.loads * key.itemsize  # bytes per tile
+    if not held:  # the weight is loaded with each tile
+        loaded += columns // num_ctas * key.weight_itemsize
     stages = min(BACKWARD_STAGES, 1 + device.shared_memory // (per_sm * loaded))
     if device.backend == "hip":
         stages = 2  # a prefetch into registers
@@ -192,7 +194,8 @@ def is_valid(config: Config, key: Key, device: Device) -> bool:
     if config.load_policy not in LOAD_POLICIES or config.store_policy not in STORE_POLICIES:
         return False
     tile = config.block_m * config.block_n // config.num_ctas  # elements that a thread block holds
-    prefetched = (config.num_stages - 1) * tile * key.loads * key.itemsize
+    loaded = tile * key.loads * key.itemsize + (0 if config.weight_first else config.block_n // config.num_ctas * key.weight_itemsize)
+    prefetched = (config.num_stages - 1) * loaded
     return (
         config.num_warps * device.warp_size <= min(1024, tile)
         and tile <= 1 << 20
