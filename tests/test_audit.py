@@ -101,7 +101,7 @@ def test_defects_of_a_kernel_are_named(defect, said):
     ("defect", "said"),
     [
         ({"error": "does not compile: no"}, "does not compile"),
-        ({"reads": {"X": 2.0}}, "X is read 2.000 times"),
+        ({"reads": {"X": 2.0}, "problem": BACKWARD}, "X is read 2.000 times"),
         ({"stored": {"Y": SIZE * 53 // 100}}, "moves 1.0300 of the minimum, more than 1.02"),
         ({"depends_on_rows": True}, "depends on the number of rows"),
     ],
@@ -110,6 +110,15 @@ def test_defects_of_a_kernel_are_named(defect, said):
 def test_defects_of_a_row_are_named(defect, said):
     (rule,) = rules.broken(ROW._replace(**defect))
     assert said in rule
+
+
+def test_rows_that_are_read_again_from_the_cache():
+    """In the forward, if the rows of all resident programs fit into the L2; else they come from memory."""
+    again = ROW._replace(loaded=ROW.loaded | {"X": SIZE}, reads={"X": 2.0})
+    assert rules.broken(again) == [] and again.cache == SIZE // 2 + 5000 and again.memory == ROW.memory
+    crowded = again._replace(kernels=[KERNEL._replace(resident=100)])
+    assert crowded.cache == 5000
+    assert ["X is read 2.000 times", "moves 1.5000 of the minimum, more than 1.02"] == rules.broken(crowded)
 
 
 def test_a_backward_may_move_five_percent():

@@ -54,13 +54,13 @@ def _cells(row: Row) -> list[str]:
         f"{kernel.in_flight / 1024:.0f} ({kernel.in_flight / TARGETS[row.target].latency_bytes:.1f})",
         f"{kernel.per_element:.1f}",
         f"{row.memory / row.minimum:.4f}",
-        f"{sum(row.cached.values()) / row.minimum:.2f}",
+        f"{row.cache / row.minimum:.2f}",
     ]
 
 
 def _json(row: Row) -> dict:
     kernels = [kernel._asdict() | {"warps": kernel.warps} for kernel in row.kernels]
-    more = {**row.problem._asdict(), "memory": row.memory, "minimum": row.minimum, "broken": rules.broken(row)}
+    more = {**row.problem._asdict(), "memory": row.memory, "cache": row.cache, "minimum": row.minimum, "broken": rules.broken(row)}
     return row._asdict() | {"problem": str(row.problem), "kernels": kernels} | more
 
 

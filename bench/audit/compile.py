@@ -31,14 +31,15 @@ class Target(NamedTuple):
     shared: int  # bytes
     reserved: int  # bytes of shared memory that each thread block takes besides its own
     latency_bytes: int  # bandwidth x latency / SMs: bytes that must be in flight to keep the memory busy
+    l2: int  # bytes, of all SMs together
 
 
 TARGETS = {
     # A100 80 GB: 1.7 TB/s x 700 ns; H200: 4.3 TB/s x 800 ns; B200: 7 TB/s x 900 ns; MI300X: 4.3 TB/s x 1000 ns
-    "sm_80": Target(DEVICES["sm_80"], GPUTarget("cuda", 80, 32), 64, 164 * 1024, 1024, 1_700_000 * 700 // 108_000),
-    "sm_90": Target(DEVICES["sm_90"], GPUTarget("cuda", 90, 32), 64, 228 * 1024, 1024, 4_300_000 * 800 // 132_000),
-    "sm_100": Target(DEVICES["sm_100"], GPUTarget("cuda", 100, 32), 64, 228 * 1024, 1024, 7_000_000 * 900 // 148_000),
-    "gfx942": Target(DEVICES["gfx942"], GPUTarget("hip", "gfx942", 64), 32, 64 * 1024, 0, 4_300_000 * 1000 // 304_000),
+    "sm_80": Target(DEVICES["sm_80"], GPUTarget("cuda", 80, 32), 64, 164 << 10, 1024, 1_700_000 * 700 // 108_000, 40 << 20),
+    "sm_90": Target(DEVICES["sm_90"], GPUTarget("cuda", 90, 32), 64, 228 << 10, 1024, 4_300_000 * 800 // 132_000, 50 << 20),
+    "sm_100": Target(DEVICES["sm_100"], GPUTarget("cuda", 100, 32), 64, 228 << 10, 1024, 7_000_000 * 900 // 148_000, 126 << 20),
+    "gfx942": Target(DEVICES["gfx942"], GPUTarget("hip", "gfx942", 64), 32, 64 << 10, 0, 4_300_000 * 1000 // 304_000, 32 << 20),
 }
 _REGISTERS_PER_LANE = 512
 _SCHEDULERS = 4

@@ -75,9 +75,10 @@ def picture(frozen: dict, target: str = "sm_90") -> "Figure":
     for i, direction in enumerate(("forward", "backward")):
         left = axes = figure.add_subplot(grid[0, i], sharey=left)
         for name, look in style.styles(*TARGETS).items():
-            points = [(p.n, max(_beyond(row), 1e-3)) for (of, p), row in plain.items() if (of, p.direction) == (name, direction)]
+            points = [(p.n, _beyond(row)) for (of, p), row in plain.items() if (of, p.direction) == (name, direction)]
             axes.plot(*zip(*sorted(points), strict=True), label=name, markersize=4, linewidth=1.3, **look) if points else None
-        axes.set(yscale="log", title=f"{direction} of the plain norm", xlabel="N (columns per row)")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set(ylim=(-0.2, 120), title=f"{direction} of the plain norm", xlabel="N (columns per row)")
         axes.set_xscale("log", base=2)
         axes.set_xticks((64, 256, 1024, 4096, 16384, 65536))
         axes.xaxis.set_major_formatter("{x:.0f}")
@@ -87,7 +88,7 @@ def picture(frozen: dict, target: str = "sm_90") -> "Figure":
             axes.set_ylabel("memory traffic above\nthe minimum (%)")
             axes.legend(frameon=False, fontsize=9)
     _registers(figure.add_subplot(grid[1, :]), find(frozen, *_NAMES), target)
-    figure.suptitle(f"Compiled and counted without a GPU; no speed was measured. {_about(frozen)}; bf16, {ROWS} rows", fontsize=11)
+    figure.suptitle(f"Compiled and counted without a GPU, not timed. {_about(frozen)}; bf16, {ROWS} rows", fontsize=10)
     return figure
 
 

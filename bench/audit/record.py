@@ -17,7 +17,7 @@ _ROWS = {"X", "RESIDUAL", "GATE", "Y", "RESIDUAL_OUT", "DY", "DRESIDUAL_OUT", "D
 
 def launches(problem: Problem, device: Device, on: str = "meta") -> list[Recorded]:
     """The launches of one direction of `problem` in a training step on `device`, with tensors of the type `on`."""
-    with mock.patch.object(table, "search", None, create=True), pretend(device, on), recorded(run=False) as found:
+    with mock.patch.object(table, "search", None), pretend(device, on), recorded(run=False) as found:
         calls(problem, ours(problem), on, found)
     return found
 

@@ -60,7 +60,7 @@ class Row(NamedTuple):
     depends_on_rows: bool
     loaded: dict[str, int]  # bytes by the name of a kernel's pointer
     stored: dict[str, int]
-    cached: dict[str, int]  # bytes of `loaded` that the L2 serves
+    cached: dict[str, int]  # bytes of `loaded` that the L2 serves: what is not rows and read again
     reads: dict[str, float]  # how many times each input of rows is read
 
     @property
@@ -75,11 +75,26 @@ class Row(NamedTuple):
     @property
     def memory(self) -> int:
         """Bytes that come from memory or go there."""
-        return sum(self.loaded.values()) + sum(self.stored.values()) - sum(self.cached.values())
+        return sum(self.loaded.values()) + sum(self.stored.values()) - self.cache
+
+    @property
+    def cache(self) -> int:
+        """Bytes that the L2 serves."""
+        again = sum(self.loaded[name] * (1 - 1 / times) for name, times in self.reads.items()) if self.reads_from_cache else 0
+        return sum(self.cached.values()) + round(again)
+
+    @property
+    def reads_from_cache(self) -> bool:
+        """Whether rows that a program of the forward reads again are still in the L2: those of all resident programs fit into it."""
+        if self.main is None or self.problem.direction != "forward":
+            return False
+        target = TARGETS[self.target]
+        row_bytes = sum(self.loaded[name] / times for name, times in self.reads.items()) / self.problem.m
+        return self.main.resident * self.main.block_m * target.device.num_sms * row_bytes <= target.l2
 
     @property
     def main(self) -> Kernel | None:
-        """The kernel that walks over the rows."""
+        """The kernel that computes the rows."""
         return next((kernel for kernel in self.kernels if kernel.step in ("forward", "backward")), None)
 
 

@@ -67,7 +67,7 @@ def broken(row: Row) -> list[str]:
         if kernel.narrow_products:
             found.append(f"{kernel.name} has 32-bit offsets: {', '.join(kernel.narrow_products)}")
     if problem.n <= read_once(row.target, problem):
-        found += [f"{name} is read {times:.3f} times" for name, times in row.reads.items() if times != 1]
+        found += [f"{name} is read {times:.3f} times" for name, times in row.reads.items() if times != 1 and not row.reads_from_cache]
         limit = MEMORY[problem.direction]
         if row.memory > limit * row.minimum:
             found.append(f"moves {row.memory / row.minimum:.4f} of the minimum, more than {limit}")
@@ -84,7 +84,7 @@ def figures(rows: Iterable[Row]) -> dict[str, dict]:
             "spilled": [kernel.spilled for kernel in row.kernels],
             "shared": [kernel.shared for kernel in row.kernels],
             "memory": row.memory,
-            "cached": sum(row.cached.values()),
+            "cache": row.cache,
             "minimum": row.minimum,
             "warps": row.main.warps if row.main else 0,
             "in_flight": row.main.in_flight if row.main else 0,
