@@ -1,0 +1,456 @@
+"""What only a GPU can answer: compiled kernels of every kind, streams, CUDA graphs, addresses, memory, tuning, torch.compile, training.
+
+`pytest -m gpu -n 8` runs these tests alone, in a few minutes. Without a GPU they are skipped.
+"""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from variants import id_of, ours
+
+from triton_rmsnorm import patch, rms_norm
+from triton_rmsnorm.reference import Inputs, Spec
+from triton_rmsnorm.runtime import autotune, launch, table
+from triton_rmsnorm.runtime.config import Key
+from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(launch.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and kernels that are not interpreted"),
+]
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+EPS = 1e-6
+KINDS = {
+    "plain": {},
+    "residual": {},
+    "gate_after": {"activation": "silu"},
+    "gate_before": {"activation": "silu", "norm_before_gate": False},
+}
+
+
+class Problem:
+    """Random tensors for one norm, and what is computed from them."""
+
+    def __init__(self, kind: str, m: int, n: int, dtype=BF16, weight_dtype: torch.dtype | None = None, device="cuda", **fields):
+        self.spec = Spec((n,), EPS, **KINDS[kind], **fields)
+        x, weight, dy = draw((m, n), dtype, device), draw((n,), weight_dtype or dtype, device), draw((m, n), dtype, device)
+        residual = gate = self.dresidual_out = None
+        if kind == "residual":
+            residual, self.dresidual_out = draw((m, n), dtype, device), draw((m, n), dtype, device)
+        if "gate" in kind:
+            gate = draw((m, n), dtype, device)
+        self.inputs, self.dy = Inputs(x, weight, residual, gate), dy
+
+    def rows(self, rows: slice) -> "Problem":
+        """The same with some of the rows."""
+        some = object.__new__(Problem)
+        some.spec = self.spec
+        x, weight, residual, gate = self.inputs
+        some.inputs = Inputs(x[rows], weight, None if residual is None else residual[rows], None if gate is None else gate[rows])
+        some.dy = self.dy[rows]
+        some.dresidual_out = None if self.dresidual_out is None else self.dresidual_out[rows]
+        return some
+
+    def run(self) -> Results:
+        return run(ours(self.spec), self.inputs, self.dy, self.dresidual_out)
+
+    def check(self, results: Results | None = None) -> None:
+        assert_within_budget(results or self.run(), expected(self.inputs, self.dy, self.spec, self.dresidual_out))
+
+
+def assert_same(ours: Results, theirs: Results, *names: str) -> None:
+    """Bit for bit."""
+    assert ours.present.keys() == theirs.present.keys()
+    for name in names or theirs.present:
+        assert torch.equal(ours.present[name], theirs.present[name]), name
+
+
+@pytest.fixture(params=["clusters", "no_clusters"])
+def clusters(request) -> Iterator[None]:
+    """With and without the thread blocks of a cluster for one row; without them, long rows are processed in blocks."""
+    device = launch.device_of(torch.device("cuda"))
+    if request.param == "clusters":
+        if device.max_ctas == 1:
+            pytest.skip("no clusters with this GPU and this Triton")
+        yield
+        return
+    with launch.pretend(device._replace(max_ctas=1), on="cuda"):
+        yield
+
+
+SHORT = [1, 2, 64, 127, 128, 256, 768, 1023, 2048, 4096, 5120, 8192]
+LONG = [8193, 12288, 16384, 20000, 32768, 65536, 100_000, 131_072]
+DTYPES = [(F16, F16), (BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]
+
+
+@pytest.mark.parametrize("n", SHORT)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES, ids=id_of)
+def test_grid(dtype, weight_dtype, kind, n):
+    Problem(kind, 199, n, dtype, weight_dtype).check()
+
+
+@pytest.mark.parametrize("n", LONG)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=id_of)
+def test_grid_of_long_rows(dtype, kind, n, clusters):
+    Problem(kind, 19, n, dtype).check()
+
+
+@pytest.mark.parametrize("n", [127, 4096, 20_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_double_precision(kind, n):
+    Problem(kind, 9, n, F64).check()
+
+
+def test_clusters_and_blocks_are_reached(clusters):
+    """The grid above has rows in clusters where there are any, and rows in blocks both ways."""
+    with launch.recorded() as launches:
+        for n in LONG:
+            Problem("plain", 3, n).run()
+    ctas = {step: {one.launch.options["num_ctas"] for one in launches if one.step == step} for step in ("forward", "backward")}
+    blocked = {one.step for one in launches if one.launch.values.get("BLOCK_N", 1 << 30) < one.launch.values.get("N", 0)}
+    if launch.device_of(torch.device("cuda")).max_ctas > 1:
+        assert max(ctas["forward"]) > 1 and max(ctas["backward"]) > 1
+    else:
+        assert ctas == {"forward": {1}, "backward": {1}} and blocked == {"forward", "backward", "c1"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "group_size"), [(4096, 128), (8192, 1024), (300, 100), (65536, 32768)])
+def test_groups(n, group_size, kind):
+    Problem(kind, 19, n, group_size=group_size).check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [100, 4096, 20_000])
+def test_without_gradients(kind, n):
+    """The same bits, before and after a call that needs gradients: another kernel, which stores no rstd."""
+    problem = Problem(kind, 37, n)
+    with torch.no_grad():
+        before = ours(problem.spec)(*problem.inputs)
+    results = problem.run()
+    with torch.no_grad():
+        after = ours(problem.spec)(*problem.inputs)
+    for outputs in (before, after):
+        y, residual_out = outputs if isinstance(outputs, tuple) else (outputs, None)
+        assert torch.equal(y, results.y)
+        assert residual_out is None or torch.equal(residual_out, results.residual_out)
+
+
+def wait() -> None:
+    """Keeps the current stream busy for some milliseconds."""
+    torch.cuda._sleep(20_000_000)
+
+
+@pytest.mark.parametrize("n", [1000, 20_000])
+def test_stream_that_is_not_the_default_one(n):
+    """Launches wait for what their stream has to do first, also the backward's, which runs in another thread."""
+    problem = Problem("plain", 199, n)
+    alone = problem.run()
+    late = Problem("plain", 199, n)
+    late.inputs.weight.copy_(problem.inputs.weight)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        wait()
+        late.inputs.x.copy_(problem.inputs.x)
+        late.dy.copy_(problem.dy)
+        results = late.run()
+    torch.cuda.synchronize()
+    assert_same(results, alone)
+
+
+def test_two_streams():
+    """Calls on two streams at once, with the same shapes and with others."""
+    problems = [Problem("plain", 4096, 4096), Problem("plain", 4096, 4096), Problem("residual", 300, 20_000), Problem("plain", 5000, 64)]
+    alone = [problem.run() for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    found: list[tuple[int, Results]] = []
+    for _ in range(5):
+        for i, problem in enumerate(problems):
+            with torch.cuda.stream(streams[i % 2]):
+                found.append((i, problem.run()))
+    torch.cuda.synchronize()
+    for i, results in found:
+        assert_same(results, alone[i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1000, 4096, 65_536])
+def test_graph(kind, n):
+    """Forward and backward in one CUDA graph: each replay computes from what is in the inputs then."""
+    problem, other = Problem(kind, 37, n), Problem(kind, 37, n)
+    alone = other.run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        problem.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = problem.run()
+    graph.replay()
+    problem.check(results)
+    for static, values in zip(
+        (*problem.inputs, problem.dy, problem.dresidual_out), (*other.inputs, other.dy, other.dresidual_out), strict=True
+    ):
+        if static is not None:
+            static.copy_(values)
+    graph.replay()
+    assert_same(results, alone)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_devices(kind):
+    """Kernels run where the tensors are, and the current device stays what it is."""
+    for n in (1000, 20_000):
+        here, there = Problem(kind, 37, n, device="cuda:0"), Problem(kind, 37, n, device="cuda:1")
+        for problem in (here, there, here, there):
+            problem.check()
+            assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("n", [64, 4096])
+def test_more_than_2_31_elements(n):
+    """The last rows are computed as they are alone; dweight is theirs, because all others have no gradient."""
+    m = 2**31 // n + 37
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * m * n:
+        pytest.skip("needs 26 GB of free GPU memory")
+    x = torch.empty(m, n, dtype=BF16, device="cuda").normal_()
+    weight, dy = draw((n,), BF16, "cuda"), torch.zeros_like(x)
+    dy[-9:] = draw((9, n), BF16, "cuda")
+    last = run(ours(Spec((n,), EPS)), Inputs(x[-9:], weight), dy[-9:])
+    results = run(ours(Spec((n,), EPS)), Inputs(x, weight), dy)
+    assert torch.equal(results.y[-9:], last.y) and torch.equal(results.dx[-9:], last.dx)
+    assert not results.y[:9].isnan().any() and not results.dx[:-9].any()
+    assert_within_budget(Results(last.y, None, last.dx, results.dweight), expected(Inputs(x[-9:], weight), dy[-9:], Spec((n,), EPS)))
+
+
+@pytest.mark.parametrize("n", [64, 999, 4096, 20_000])
+@pytest.mark.parametrize("shift", [2, 4, 8, 16], ids="{}_bytes".format)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=id_of)
+def test_alignment(dtype, shift, n):
+    """All tensors, or only one, begin at an address that is a multiple of so few bytes."""
+    if shift < dtype.itemsize:
+        pytest.skip("less than an element")
+    problem = Problem("plain", 37, n, dtype)
+
+    def shifted(tensor: Tensor) -> Tensor:
+        start = shift // dtype.itemsize
+        view = torch.empty(tensor.numel() + start, dtype=dtype, device="cuda")[start:].view(tensor.shape)
+        assert view.data_ptr() % 16 == shift % 16
+        return view.copy_(tensor)
+
+    x, weight, dy = problem.inputs.x, problem.inputs.weight, problem.dy
+    for problem.inputs, problem.dy in (
+        (Inputs(shifted(x), shifted(weight)), shifted(dy)),
+        (Inputs(shifted(x), weight), dy),
+        (Inputs(x, shifted(weight)), dy),
+        (Inputs(x, weight), shifted(dy)),
+    ):
+        problem.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), [(5000, 1), (5000, 127), (2000, 4096), (300, 20_000), (100, 65_536)])
+def test_deterministic(m, n, kind):
+    """The same bits in 100 runs."""
+    problem = Problem(kind, m, n)
+    first = problem.run()
+    for _ in range(100):
+        assert_same(problem.run(), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 64, 127, 1000, 4096, 8192, 20_000, 32_768, 65_536])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=id_of)
+def test_rows_do_not_depend_on_their_batch(dtype, n, kind):
+    """Outputs and gradients of a row are the same bits alone, among a few, and in a batch of many tiles."""
+    problem = Problem(kind, 1500 if n <= 8192 else 300, n, dtype)
+    batch = problem.run()
+    of_rows = [name for name in batch.present if name != "dweight"]
+    for rows in (slice(0, 1), slice(7, 8), slice(5, 42), slice(-1, None)):
+        some = problem.rows(rows).run()
+        for name in of_rows:
+            assert torch.equal(some.present[name], batch.present[name][rows]), (name, rows)
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path) -> Iterator[None]:
+    """Tuning is on, and nothing is known except what the test finds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(table, "search", autotune.tune)
+    monkeypatch.setattr(autotune, "_found", {})
+    table.shipped.cache_clear()
+    launch.forget()
+    yield
+    table.shipped.cache_clear()
+    launch.forget()
+
+
+@pytest.fixture
+def searched(monkeypatch) -> list[Key]:
+    """The keys for which a search is made."""
+    keys: list[Key] = []
+    search = autotune.search
+
+    def spied(key, *arguments):
+        keys.append(key)
+        return search(key, *arguments)
+
+    monkeypatch.setattr(autotune, "search", spied)
+    return keys
+
+
+def cached() -> set[Key]:
+    device = launch.device_of(torch.device("cuda"))
+    return set(table.read(autotune.cache_file(device, False), device))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [256, 4096, 20_000])
+def test_tuning_on_first_use(n, kind, tuned, searched, monkeypatch):
+    """The same bits as without it; what was found is kept for the next process; nothing is searched while a graph is captured."""
+    problem = Problem(kind, 199, n)
+    with monkeypatch.context() as off:
+        off.setattr(table, "search", None)
+        untuned = problem.run()
+        launch.forget()
+
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        off.setattr(table, "search", autotune.tune)
+        with torch.cuda.graph(graph):
+            captured = problem.run()
+        assert not searched and not cached()
+        graph.replay()
+        assert_same(captured, untuned)
+
+    launch.forget()
+    assert_same(problem.run(), untuned)
+    assert set(searched) == cached() and {key.direction for key in searched} == {"forward", "backward"}
+    searched.clear()
+    autotune._found.clear()  # as in another process
+    launch.forget()
+    assert_same(problem.run(), untuned)
+    assert not searched
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["same_bits", "full"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_search_gives_its_memory_back(direction, full):
+    device = launch.device_of(torch.device("cuda"))
+    rms_norm(torch.ones(1, 64, device="cuda"), (64,))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    autotune.search(Key(direction, 2048, 2, 2), device, full)
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    assert 0 < torch.cuda.max_memory_allocated() - before[0] <= autotune.MEMORY * (4 if full else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory(kind):
+    """A forward keeps its outputs and rstd, nothing else; a backward its gradients."""
+    problem = Problem(kind, 1024, 4096)
+    problem.run()
+    leaves = [tensor.requires_grad_() for tensor in problem.inputs if tensor is not None]
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    outputs = ours(problem.spec)(*problem.inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    size = sum(y.nbytes for y in outputs)
+    assert torch.cuda.memory_allocated() - before == size + 1024 * 4
+    gradients = torch.autograd.grad(outputs, leaves, [problem.dy, problem.dresidual_out][: len(outputs)])
+    storages = {gradient.data_ptr(): gradient.nbytes for gradient in gradients}
+    assert torch.cuda.memory_allocated() - before == size + sum(storages.values())
+    del outputs, gradients
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("weight_dtype", [None, BF16, F32], ids=id_of)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=id_of)
+def test_autocast(dtype, weight_dtype):
+    """Outputs and gradients have the dtypes that torch gives them, and its values."""
+    x, weight = draw((37, 1000), dtype, "cuda"), None if weight_dtype is None else draw((1000,), weight_dtype, "cuda")
+    dy = draw((37, 1000), F64, "cuda")
+
+    def results_of(norm) -> dict[str, Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight) if tensor is not None]
+        with torch.autocast("cuda", BF16):
+            y = norm(leaves[0], (1000,), *leaves[1:])
+        gradients = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+        return dict(zip(("y", "dx", "dweight"), (y, *gradients), strict=False))
+
+    for (name, our), their in zip(results_of(rms_norm).items(), results_of(F.rms_norm).values(), strict=True):
+        assert our.dtype == their.dtype, name
+        torch.testing.assert_close(our, their, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def compiler(monkeypatch) -> Iterator[None]:
+    """torch.compile from scratch, without processes of its own: the tests run in several already."""
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile(kind, mode, compiler):
+    """Inductor, alone and with CUDA graphs: the bits of eager, on other values too, in one graph."""
+    problems = [Problem(kind, 64, 1024) for _ in range(2)]
+    expected = [problem.run() for problem in problems]
+    compiled = torch.compile(ours(problems[0].spec), fullgraph=True, mode=None if mode == "default" else mode)
+    for _ in range(3):  # CUDA graphs warm up, capture and replay
+        for problem, eager in zip(problems, expected, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert_same(run(compiled, problem.inputs, problem.dy, problem.dresidual_out), eager)
+    if mode == "reduce-overhead":
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=id_of)
+@pytest.mark.parametrize("fuse_residual", [False, True], ids=["norms", "fused"])
+def test_a_patched_model_trains(fuse_residual, dtype):
+    """A tiny Llama learns a batch by heart, with losses that follow those of the original, and every norm's weight is trained."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    original = transformers.LlamaForCausalLM(config).to("cuda", dtype)
+    model = transformers.LlamaForCausalLM(config).to("cuda", dtype)
+    model.load_state_dict(original.state_dict())
+    assert patch(model, strict=True, fuse_residual=fuse_residual).replaced == 7
+    tokens = torch.randint(128, (4, 64), device="cuda")
+
+    def losses(model) -> list[float]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        found = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    start = {name: tensor.clone() for name, tensor in model.named_parameters() if "norm" in name}
+    with launch.recorded() as launches:
+        ours = losses(model)
+    assert [sum(one.step == step for one in launches) for step in ("forward", "backward")] == [10 * 7] * 2
+    assert ours[-1] < ours[0] - 1
+    assert ours == pytest.approx(losses(original), rel=2e-2 if dtype == BF16 else 1e-3)
+    assert all(not torch.equal(tensor, start[name]) for name, tensor in model.named_parameters() if name in start)
