@@ -1,4 +1,4 @@
-"""What integrations are without the frameworks. With them: tests/test_integrations_kernels.py, which .ci/integrations runs."""
+"""What integrations do without the frameworks. With them: tests/test_integrations_kernels.py, which runs where versions fit."""
 
 import subprocess
 import sys
