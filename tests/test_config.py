@@ -16,6 +16,7 @@ from triton_rmsnorm.runtime.config import (
     Key,
     analytic,
     is_valid,
+    prefetched_bytes,
     reduction_config,
 )
 
@@ -62,7 +63,7 @@ def test_programs_of_the_backward_are_resident_at_once(gpu):
             continue
         per_sm = -(-config.programs * config.num_ctas // gpu.num_sms)
         threads = per_sm * config.num_warps * gpu.warp_size
-        prefetched = (config.num_stages - 1) * config.block_m * config.block_n // config.num_ctas * key.loads * key.itemsize
+        prefetched = (config.num_stages - 1) * prefetched_bytes(config, key)
         assert config.programs >= 1 and threads <= 1024, (key, config)
         assert gpu.backend == "hip" or per_sm * prefetched <= gpu.shared_memory, (key, config)
 

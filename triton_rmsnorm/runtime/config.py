@@ -8,7 +8,7 @@ elements; bench/results/ has the times (sweep-h200.json) and what was predicted 
 from the binaries of sm_80, sm_90 and sm_100.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -91,10 +91,11 @@ CLUSTER_CTA = 8192
 BACKWARD_TILE_BYTES = 4096
 BACKWARD_SM_BYTES = 16384
 BACKWARD_STAGES = 3
-# Longer rows: 32 KiB of x per thread block of 256 threads, which load the weight again for each row (measured: 92 % for 16384 columns and
-# 83 % for 32768; a weight in registers leads to 85 and 72 %). With a gate at most 8192 columns, because more would spill (compiled).
+# Longer rows: thread blocks of 256 threads, which load the weight again for each row, and clusters of them where two tiles of a whole row do
+# not fit into shared memory (measured: 92 % for 16384 columns and 83 % for 32768; a weight in registers leads to 85 and 72 %). With a gate
+# at most 8192 columns per thread block, because more would spill (compiled).
 BACKWARD_HELD_COLUMNS = 8192
-BACKWARD_CTA_BYTES = 32768
+BACKWARD_CTA_COLUMNS = 16384
 # Clusters of more than two thread blocks must fit into a GPC, some of which lack SMs. A cluster that finds no room waits until another one
 # has finished all of its rows, so an eighth of the SMs is left out.
 CLUSTER_SMS = 7 / 8
@@ -155,21 +156,26 @@ def _backward(key: Key, device: Device) -> Config:
             threads, per_sm = min(512, max(128, columns // 16)), max(1, BACKWARD_SM_BYTES // (tile * itemsize))
     else:
         threads = 256
-        cta = BACKWARD_CTA_BYTES // itemsize if device.max_ctas > 1 else 2 * BACKWARD_HELD_COLUMNS // max(1, itemsize // 4)
+        cta = BACKWARD_CTA_COLUMNS // max(1, itemsize // 4)
+        if device.max_ctas > 1:
+            fits = device.shared_memory // (2 * (key.loads * key.itemsize + key.weight_itemsize))  # columns of two tiles
+            cta = min(cta, next_power_of_2(fits + 1) // 2)
         if gate and device.backend == "cuda":
             cta = min(cta, BACKWARD_HELD_COLUMNS)
         num_ctas = -(-columns // cta)
         if num_ctas > device.max_ctas:
             columns, threads, num_ctas, held = BLOCKED_COLUMNS * 2 // itemsize, 512, 1, True
-    loaded = block_m * columns // num_ctas * key.loads * key.itemsize  # bytes per tile
-    if not held:  # the weight is loaded with each tile
-        loaded += columns // num_ctas * key.weight_itemsize
-    stages = min(BACKWARD_STAGES, 1 + device.shared_memory // (per_sm * loaded))
-    if device.backend == "hip":
-        stages = 2  # a prefetch into registers
     sms = int(device.num_sms * CLUSTER_SMS) if num_ctas > 2 else device.num_sms
-    programs = max(1, sms * per_sm // num_ctas)
-    return Config(block_m, columns, threads // device.warp_size, num_ctas, stages, programs, weight_first=held)
+    config = Config(block_m, columns, threads // device.warp_size, num_ctas, 2, max(1, sms * per_sm // num_ctas), weight_first=held)
+    if device.backend == "hip":
+        return config  # whose prefetch goes into registers
+    return replace(config, num_stages=min(BACKWARD_STAGES, 1 + device.shared_memory // (per_sm * prefetched_bytes(config, key))))
+
+
+def prefetched_bytes(config: Config, key: Key) -> int:
+    """Bytes of shared memory per stage of prefetching in a backward. A weight that is loaded for each tile is prefetched, too."""
+    columns = config.block_n // config.num_ctas
+    return columns * (config.block_m * key.loads * key.itemsize + (0 if config.weight_first else key.weight_itemsize))
 
 
 def _itemsize(key: Key) -> int:
@@ -194,8 +200,7 @@ def is_valid(config: Config, key: Key, device: Device) -> bool:
     if config.load_policy not in LOAD_POLICIES or config.store_policy not in STORE_POLICIES:
         return False
     tile = config.block_m * config.block_n // config.num_ctas  # elements that a thread block holds
-    loaded = tile * key.loads * key.itemsize + (0 if config.weight_first else config.block_n // config.num_ctas * key.weight_itemsize)
-    prefetched = (config.num_stages - 1) * loaded
+    prefetched = (config.num_stages - 1) * prefetched_bytes(config, key)
     return (
         config.num_warps * device.warp_size <= min(1024, tile)
         and tile <= 1 << 20
