@@ -91,7 +91,7 @@ CLUSTER_CTA = 8192
 BACKWARD_TILE_BYTES = 4096
 BACKWARD_SM_BYTES = 16384
 BACKWARD_STAGES = 3
-# Longer rows: thread blocks of 256 threads, which load the weight again for each row, and clusters of them where two tiles of a whole row do
+# Longer rows: thread blocks of 256 threads, which load the weight again for each row; clusters of them where two tiles of a whole row would
 # not fit into shared memory (measured: 92 % for 16384 columns and 83 % for 32768; a weight in registers leads to 85 and 72 %). With a gate
 # at most 8192 columns per thread block, because more would spill (compiled).
 BACKWARD_HELD_COLUMNS = 8192
