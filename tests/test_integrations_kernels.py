@@ -1,4 +1,4 @@
-"""kernel_config and kernel_mapping with transformers and kernels of versions that fit, in which `.ci/integrations` runs this file."""
+"""kernel_config and kernel_mapping with transformers and kernels of versions that fit, in which `.ci/run` runs this file."""
 
 import copy
 import pickle
