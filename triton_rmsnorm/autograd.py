@@ -25,8 +25,8 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def run(inputs: Inputs, spec: Spec) -> Outputs:
         if inputs.residual is None:
-            return Outputs(RMSNormFunction.apply(*inputs, spec), None, None)
-        y, residual_out = RMSNormFunction.apply(*inputs, spec)
+            return Outputs(_apply(RMSNormFunction, inputs, spec), None, None)
+        y, residual_out = _apply(RMSNormFunction, inputs, spec)
         return Outputs(y, None, residual_out)
 
     @staticmethod
@@ -50,7 +50,7 @@ class TransformableForward(torch.autograd.Function):
 
     @staticmethod
     def run(inputs: Inputs, spec: Spec) -> Outputs:
-        y, rstd, *residual_out = TransformableForward.apply(*inputs, spec)
+        y, rstd, *residual_out = _apply(TransformableForward, inputs, spec)
         return Outputs(y, rstd, residual_out[0] if residual_out else None)
 
     @staticmethod
@@ -143,6 +143,17 @@ class TransformableBackward(torch.autograd.Function):
             gradients = gradients._replace(dweight=dweight)
         outputs = _present(gradients)
         return outputs, (0,) * len(outputs)
+
+
+def _apply(function: type[torch.autograd.Function], inputs: Inputs, spec: Spec) -> Any:
+    """Function.apply, also of tensors from inference_mode, which autograd cannot save: it gets copies of them."""
+    try:
+        return function.apply(*inputs, spec)
+    except RuntimeError:
+        copies = [None if t is None else t.clone() if t.is_inference() else t for t in inputs]
+        if all(copy is tensor for copy, tensor in zip(copies, inputs, strict=True)):
+            raise
+        return function.apply(*copies, spec)
 
 
 def run_forward(inputs: Inputs, spec: Spec) -> Outputs:

@@ -62,18 +62,8 @@ def rms_norm(
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467); torch.nn.functional.rms_norm.
     """
     if has_torch_function_variadic(input, weight):
-        return handle_torch_function(
-            rms_norm,
-            (input, weight),
-            input,
-            normalized_shape,
-            weight,
-            eps,
-            group_size=group_size,
-            weight_offset=weight_offset,
-            x_hat_dtype=x_hat_dtype,
-            rstd_dtype=rstd_dtype,
-        )
+        options = _set_options(group_size=group_size, weight_offset=weight_offset, x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
+        return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight, eps, **options)
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype)
     if input.layout is not torch.strided or input.is_complex():
         return _by_torch(input, weight, eps, spec)
@@ -127,19 +117,8 @@ def add_rms_norm(
     Source: the pre-norm residual block, as in Llama (arXiv:2302.13971).
     """
     if has_torch_function_variadic(input, residual, weight):
-        return handle_torch_function(
-            add_rms_norm,
-            (input, residual, weight),
-            input,
-            residual,
-            normalized_shape,
-            weight,
-            eps,
-            group_size=group_size,
-            weight_offset=weight_offset,
-            x_hat_dtype=x_hat_dtype,
-            rstd_dtype=rstd_dtype,
-        )
+        options = _set_options(group_size=group_size, weight_offset=weight_offset, x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
+        return handle_torch_function(add_rms_norm, (input, residual, weight), input, residual, normalized_shape, weight, eps, **options)
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
     _check_beside("residual", residual, input)
     y, _, residual_out = normalize(Inputs(input, weight, residual, None), spec)
@@ -192,27 +171,20 @@ def rms_norm_gated(
     Source: Dao and Gu, Transformers are SSMs (Mamba-2), 2024 (arXiv:2405.21060).
     """
     if has_torch_function_variadic(input, gate, weight):
-        return handle_torch_function(
-            rms_norm_gated,
-            (input, gate, weight),
-            input,
-            gate,
-            normalized_shape,
-            weight,
-            eps,
-            activation=activation,
-            norm_before_gate=norm_before_gate,
-            group_size=group_size,
-            weight_offset=weight_offset,
-            x_hat_dtype=x_hat_dtype,
-            rstd_dtype=rstd_dtype,
-        )
+        options = _set_options(group_size=group_size, weight_offset=weight_offset, x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
+        options |= {"activation": activation, "norm_before_gate": norm_before_gate}
+        return handle_torch_function(rms_norm_gated, (input, gate, weight), input, gate, normalized_shape, weight, eps, **options)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    options = (group_size, weight_offset, x_hat_dtype, rstd_dtype, activation, norm_before_gate)
-    spec = _checked(input, normalized_shape, weight, eps, *options, real=True)
+    of_spec = (group_size, weight_offset, x_hat_dtype, rstd_dtype, activation, norm_before_gate)
+    spec = _checked(input, normalized_shape, weight, eps, *of_spec, real=True)
     _check_beside("gate", gate, input)
     return normalize(Inputs(input, weight, None, gate), spec).y
+
+
+def _set_options(**options: Any) -> dict[str, Any]:
+    """The options that are set: what overrides torch's rms_norm knows none of them."""
+    return {name: value for name, value in options.items() if value not in (None, 0.0)}
 
 
 def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spec) -> Tensor:
@@ -251,9 +223,15 @@ def _checked(
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
     if eps is not None and type(eps) is not float and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
         eps = _number(eps)
+    if (tracing := torch._C._get_tracing_state()) is not None:  # sizes would be traced tensors
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            return _checked(input, [int(size) for size in normalized_shape], weight, eps, *options, real=real)
+        finally:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
     x_key = (input.shape, input.dtype, input.device, input.layout)
     weight_key = None if weight is None else (weight.shape, weight.dtype, weight.device, weight.layout)
-    if type(input) not in _PLAIN or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # sizes may be symbolic
+    if type(input) not in _PLAIN or torch.compiler.is_compiling():  # sizes may be symbolic
         return _fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
     return _cached_fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
 
@@ -341,6 +319,8 @@ def _check_layout(name: str, layout: torch.layout) -> None:
 
 
 def _is_size(size: Any) -> bool:
+    if isinstance(size, Tensor):  # what torch.jit.trace makes of sizes
+        return torch._C._get_tracing_state() is not None and size.dim() == 0
     return isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool)
 
 

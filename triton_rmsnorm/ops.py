@@ -2,7 +2,7 @@
 
 `normalize` decides:
 
-    torch's own     where the kernels are unavailable: on other devices, and while torch.jit traces
+    torch's own     where the kernels are unavailable: on other devices, while torch.jit traces, and in torch.onnx.export
     composed        forward-mode derivatives, and torch.func inside torch.compile: torch's operations, from `reference`
     torch.func      TransformableForward and TransformableBackward, with rules for vmap and higher derivatives
     operator        traced or intercepted: torch.compile, export, fake tensors, DTensor, dispatch modes
@@ -11,6 +11,7 @@
 The operators are differentiable, too, by the Transformable Functions.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -49,11 +50,8 @@ _library.define(
 
 def normalize(inputs: Inputs, spec: Spec) -> Outputs:
     """y and x + residual, differentiable in every input; rstd is there or not, whichever is cheaper."""
-    x, weight, residual, _ = inputs
-    if not launch.runs_on(x.device) or torch._C._get_tracing_state() is not None:
-        if residual is None and spec.is_plain:
-            return Outputs(F.rms_norm(x, spec.normalized_shape, weight, spec.eps), None, None)
-        return reference.forward(inputs, spec)
+    if not launch.runs_on(inputs.x.device) or torch._C._get_tracing_state() is not None:
+        return _torchs_own(inputs, spec)
     if torch._C._are_functorch_transforms_active():
         if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or _functionalized():
             return reference.forward(inputs, spec)
@@ -61,10 +59,29 @@ def normalize(inputs: Inputs, spec: Spec) -> Outputs:
     if forward_ad._current_level >= 0 and has_tangent(inputs):
         return reference.forward(inputs, spec)
     if not is_direct(inputs):
-        return call_forward(inputs, spec)
+        return _by_operator(inputs, spec)
     if not needs_grad(inputs):
         return plan.forward(inputs, spec, needs_rstd=False)
     return RMSNormFunction.run(inputs, spec)
+
+
+def _by_operator(inputs: Inputs, spec: Spec) -> Outputs:
+    """The operator, where the tensors and ONNX know it."""
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        return _torchs_own(inputs, spec)
+    try:
+        return call_forward(inputs, spec)
+    except TypeError as error:
+        if "__torch_dispatch__" not in str(error):
+            raise
+        return _torchs_own(inputs, spec)  # subclasses that know only torch's operators, MaskedTensor for example
+
+
+def _torchs_own(inputs: Inputs, spec: Spec) -> Outputs:
+    """Torch's operator where it has one for `spec`, else composed of its operations."""
+    if inputs.residual is None and spec.is_plain:
+        return Outputs(F.rms_norm(inputs.x, spec.normalized_shape, inputs.weight, spec.eps), None, None)
+    return reference.forward(inputs, spec)
 
 
 def _functionalized() -> bool:

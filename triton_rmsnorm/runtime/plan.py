@@ -263,6 +263,9 @@ def _readable_inputs(inputs: InputTuple, spec: Spec) -> Inputs:
 
 def _readable_backward_inputs(given: BackwardInputs, spec: Spec) -> BackwardInputs:
     dy, dresidual_out, x, weight, gate, rstd = given
+    for tensor in (dy, dresidual_out):
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise NotImplementedError(f"gradients must have layout torch.strided, got {tensor.layout}")
     return BackwardInputs(
         readable(dy, spec),
         None if dresidual_out is None else readable(dresidual_out, spec),

@@ -1,0 +1,179 @@
+"""Tensors that are not plain strided ones, or have not the data that they had: torch's result where it has one, else torch's error."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+from variants import FUNCTIONS, N, Variant
+
+from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.testing import draw
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+def jagged(device: torch.device, requires_grad: bool = False) -> Tensor:
+    rows = [draw((length, N), torch.float32, device) for length in (3, 5)]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=requires_grad)
+
+
+def test_jagged_nested_tensors(device):
+    """By torch's operator, forward and backward, through the function and the module."""
+    x = jagged(device)
+    results = []
+    for norm in (RMSNorm(N, device=device), torch.nn.RMSNorm(N, device=device)):
+        leaf = x.detach().requires_grad_()
+        y = norm(leaf)
+        y.values().mul(torch.linspace(-1, 2, N, device=device)).sum().backward()
+        results.append((y.values(), leaf.grad.values(), norm.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(rms_norm(x, (N,)).values(), F.rms_norm(x, (N,)).values())
+
+
+LAYOUTS = {
+    "oneDNN": (Tensor.to_mkldnn, "torch._mkldnn"),
+    "sparse_coo": (Tensor.to_sparse, "torch.sparse_coo"),
+    "sparse_csr": (Tensor.to_sparse_csr, "torch.sparse_csr"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize(("to_layout", "name"), LAYOUTS.values(), ids=LAYOUTS)
+def test_other_layouts(to_layout, name):
+    """An error of torch's type that names the layout, for each of the tensors."""
+    x, weight = torch.ones(3, N), torch.ones(N)
+    with pytest.raises(RuntimeError) as theirs:
+        F.rms_norm(to_layout(x), (N,))
+    with pytest.raises(theirs.type, match=f"input must have layout .*, got {name}"):
+        rms_norm(to_layout(x), (N,))
+    calls = {
+        "input": lambda other: add_rms_norm(other, x, (N,)),
+        "residual": lambda other: add_rms_norm(x, other, (N,)),
+        "gate": lambda other: rms_norm_gated(x, other, (N,)),
+    }
+    for argument, call in calls.items():
+        with pytest.raises(NotImplementedError, match=f"{argument} must have layout torch.strided, got {name}"):
+            call(to_layout(x))
+    if name != "torch.sparse_csr":  # which has two dimensions
+        with pytest.raises(NotImplementedError, match=f"weight must have layout torch.strided, got {name}"):
+            rms_norm(x, (N,), to_layout(weight))
+
+
+def test_options_are_not_for_jagged_or_complex_input(device):
+    """Torch's operator has none of them, and would leave them out."""
+    with pytest.raises((NotImplementedError, TypeError), match=r"layout|group_size"):
+        rms_norm(jagged(device), (N,), group_size=2)
+    with pytest.raises(NotImplementedError, match=r"input must be float16, bfloat16, float32 or float64, got torch.complex64"):
+        rms_norm(torch.ones(3, N, dtype=torch.complex64, device=device), (N,), group_size=2)
+
+
+def test_sparse_gradients(device):
+    """An error, as torch has one."""
+    x = draw((3, N), torch.float32, device).requires_grad_()
+    dy = torch.ones_like(x).to_sparse()
+    with pytest.raises(RuntimeError):
+        F.rms_norm(x, (N,)).backward(dy)
+    with pytest.raises(RuntimeError, match=r"gradients must have layout torch.strided, got torch.sparse_coo"):
+        rms_norm(x, (N,)).backward(dy)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_subclasses_that_know_only_torchs_operators(device):
+    x, mask = draw((3, N), torch.float32, device), torch.ones(3, N, dtype=torch.bool, device=device)
+    masked = torch.masked.masked_tensor(x, mask)
+    assert torch.equal(rms_norm(masked, (N,)).get_data(), F.rms_norm(masked, (N,)).get_data())
+
+
+@pytest.mark.parametrize("at", ["first", "last", "all"])
+@pytest.mark.parametrize("variant", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_tensors_from_inference_mode_feed_training(variant: Variant, at, device):
+    """As with torch.nn.RMSNorm: features that were made under inference_mode go through a norm whose weight is trained."""
+    drawn = variant.draw((3, 2, N), torch.float32, device)
+    with torch.inference_mode():
+        inference = [t.clone() for t in drawn]
+    of_rows = [i for i, name in enumerate(variant.arguments) if name != "weight"]
+    replaced = {"first": of_rows[:1], "last": of_rows[-1:], "all": of_rows}[at]
+    results = []
+    for function in (variant.ours, variant.theirs):
+        tensors = [inference[i] if i in replaced else t.detach().requires_grad_() for i, t in enumerate(drawn)]
+        outputs = [y for y in tree_leaves(function(*tensors)) if y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        results.append([t.grad for i, t in enumerate(tensors) if i not in replaced])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def replace_data(weight: Tensor) -> None:
+    weight.data = weight.new_empty(0)
+
+
+def shorten_data(weight: Tensor) -> None:
+    weight.data = weight.new_ones(2)
+
+
+def empty_storage(weight: Tensor) -> None:
+    weight.untyped_storage().resize_(0)
+
+
+def shorten_storage(weight: Tensor) -> None:
+    weight.untyped_storage().resize_(8)
+
+
+FREED = {
+    "no_data": (replace_data, "(0,)"),
+    "short_data": (shorten_data, "(2,)"),
+    "no_storage": (empty_storage, "(0,)"),
+    "short_storage": (shorten_storage, "(2,)"),
+}
+
+
+@pytest.mark.parametrize(("free", "got"), FREED.values(), ids=FREED)
+@pytest.mark.parametrize("variant", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_weight_that_was_freed(variant: Variant, free: Callable, got, device):
+    """A weight without its data in the backward, as ZeRO-3 leaves it: an error that names both shapes, and nothing is read beyond it."""
+    tensors = [t.requires_grad_() for t in variant.draw((3, N), torch.float32, device)]
+    outputs = tree_leaves(variant.ours(*tensors))
+    with torch.no_grad():
+        free(tensors[1])
+    with pytest.raises(RuntimeError) as error:
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    assert f"({N},)" in str(error.value) and got in str(error.value) and "weight must have" in str(error.value)
+
+
+def test_gate_that_was_freed(device):
+    x, weight, gate = (t.requires_grad_() for t in FUNCTIONS["gate"].draw((3, N), torch.float32, device))
+    y = FUNCTIONS["gate"].ours(x, weight, gate)
+    gate.data = gate.new_empty(0)
+    with pytest.raises(RuntimeError, match=r"gate must have the same shape in backward as in forward, \(3, 6\), got \(0,\)"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("module", [RMSNorm, AddRMSNorm, RMSNormGated])
+def test_onnx_export(module, device, monkeypatch):
+    """ONNX knows none of our operators: an exported program has torch's operations where torch.onnx.export is under way."""
+    arguments = [draw((3, N), torch.float32, device) for _ in range(1 if module is RMSNorm else 2)]
+
+    def operators() -> set[str]:
+        program = torch.export.export(module(N, device=device), tuple(arguments), strict=False)
+        return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+    assert any("triton_rmsnorm" in name for name in operators())
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert not any("triton_rmsnorm" in name for name in operators())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("norm", [rms_norm, F.rms_norm], ids=["ours", "torch"])
+def test_traced_sizes(norm, device):
+    """torch.jit.trace makes tensors of sizes: they are a normalized_shape, and a trace warns of nothing."""
+    x = draw((3, N), torch.float32, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(lambda x: norm(x, x.shape[-1:]), x)
+    other = draw((5, N), torch.float32, device)
+    assert torch.equal(traced(other), F.rms_norm(other, (N,)))
