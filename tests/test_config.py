@@ -96,10 +96,11 @@ def test_long_rows():
             assert analytic(Key("backward", n, 2, 2), device).block_n >= n
         assert (analytic(Key("backward", n, 2, 2), SM_80).block_n < n) == (n > 16384)
     for kind in ("plain", "residual", "gate"):
-        assert analytic(Key("forward", 16384, 2, 2, kind), SM_80).block_n == 16384
+        assert analytic(Key("forward", 16384, 4, 4, kind), SM_80).block_n == 16384
         assert analytic(Key("forward", 131072, 2, 2, kind), SM_90).num_ctas == 16
         assert analytic(Key("forward", 131072, 2, 2, kind), SM_80).block_n < 131072
-    assert analytic(Key("forward", 65536, 2, 2), SM_90).block_n < 65536  # the second read comes from the L2
+    for n in (16384, 32768, 65536):
+        assert analytic(Key("forward", n, 2, 2), SM_90).block_n < n  # the second read comes from the L2
     assert analytic(Key("forward", 65536, 4, 4), SM_90).num_ctas > 1
 
 

@@ -78,10 +78,10 @@ STORE_POLICIES = ("", ".cs", ".cg")  # streaming: first to be evicted; and past 
 
 # Forward. One tile per program. The GPU overlaps the loads of one program with the work of others, so small thread blocks and many of them
 # are fast: 16 elements per thread for rows of up to 4096 columns, and 32 beyond (measured: 97 to 100 % of the bandwidth of a copy for up
-# to 8192 columns, 95 % for 16384).
+# to 8192 columns).
 FORWARD_CTA = 32768
-# Longer rows of 2 bytes per element are read twice, in blocks of columns, by 1024 threads. The second read comes from the L2 as long as the
-# rows of two programs per SM fit into it (measured: 96 % for 32768 columns, where one tile per row reaches 87 %; 82 % against 78 % for
+# Longer rows of 2 bytes per element are read twice, in blocks of columns. The second read comes from the L2 as long as the rows of all
+# programs fit into it (measured: 97 % for 16384 columns, where a tile per row reaches 95 %; 96 against 87 % for 32768; 82 against 78 % for
 # 65536).
 REREAD_COLUMNS = 65536
 # All others take a cluster of thread blocks of 8192 columns, with 128 bytes per thread (measured: 71 % for 131072 columns of bf16).
@@ -131,8 +131,8 @@ def _interpreted(key: Key, device: Device) -> Config:
 def _forward(key: Key, device: Device) -> Config:
     columns, itemsize = next_power_of_2(key.n), _itemsize(key)
     registers = columns * max(1, itemsize // 4)
-    blocked = Config(1, min(columns // 4, 2 * BLOCKED_COLUMNS), 1024 // device.warp_size)
-    if key.kind == "plain" and itemsize == 2 and FORWARD_CTA <= columns <= REREAD_COLUMNS:
+    blocked = Config(1, 8192 if columns <= 32768 else 16384, min(1024, columns // 32) // device.warp_size)
+    if key.kind == "plain" and itemsize == 2 and 16384 <= columns <= REREAD_COLUMNS:
         return blocked
     if registers <= FORWARD_CTA:
         threads = max(128, registers // (16 if registers <= 4096 else 32))
