@@ -5,6 +5,7 @@ from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.integrations import kernel_config, kernel_mapping
 from triton_rmsnorm.modules import AddRMSNorm, RMSNorm, RMSNormGated
 from triton_rmsnorm.patching import patch, patched, unpatch
+from triton_rmsnorm.recompute import recompute_norms
 from triton_rmsnorm.runtime import autotune
 from triton_rmsnorm.runtime.autotune import autotuning
 
@@ -20,6 +21,7 @@ __all__ = [
     "kernel_mapping",
     "patch",
     "patched",
+    "recompute_norms",
     "rms_norm",
     "rms_norm_gated",
     "unpatch",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_rmsnorm import reference
+from triton_rmsnorm import recompute, reference
 from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec
 from triton_rmsnorm.runtime import plan
 
@@ -34,11 +34,14 @@ class RMSNormFunction(torch.autograd.Function):
         y, rstd, residual_out = plan.forward((x, weight, residual, gate), spec)
         ctx.spec, ctx.x_dtype = spec, x.dtype
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing
-        ctx.save_for_backward(x if residual is None else residual_out, weight, gate, rstd)
+        saved = x if residual is None else residual_out, weight, gate, rstd
+        ctx.save_for_backward(*saved)
+        ctx.recipe = recompute.remember(y, saved, spec) if recompute.active else None
         return y if residual is None else (y, residual_out)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None = None) -> Tensors:
+        ctx.recipe = None
         return _gradients(ctx, dy, dresidual_out)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: two forwards, one backward, and two small helpers of the backward.
+"""The Triton kernels: two forwards, one that computes the output of a forward again, one backward, and two small helpers of the backward.
 
 With x_hat = u · rstd, rstd = (mean(u²) + eps)^(-1/2), wdy = w · dy and c1 = mean(x_hat · wdy), means taken over the N columns of a row:
 
@@ -291,6 +291,44 @@ def _rms_norm_fwd_blocked_kernel(
         if RESIDUAL_OUT is not None:
             _store(RESIDUAL_OUT + out_row, cols, u, mask, STORE_POLICY)
         _store(Y + out_row, cols, y, mask, STORE_POLICY)
+
+
+@_jit
+def _rms_norm_output_kernel(
+    X,  # [M, GROUPS · N], strided: what was normalized, x or x + residual
+    W,
+    GATE,
+    RSTD,
+    Y,
+    M: tl.int32,
+    sizes,
+    x_strides,
+    gate_strides,
+    stride_w,
+    ARITHMETIC: tl.constexpr,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOAD_POLICY: tl.constexpr,
+    STORE_POLICY: tl.constexpr,
+):
+    """y of a forward again, from its rstd. There is no sum, so the bits of y do not depend on the tile. Arguments as above."""
+    group = tl.program_id(1)
+    group_start = group * N
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    x_row = _row_pointers(X, rows, sizes, x_strides, group_start, ROW_ALIGN, GROUPS * N)
+    gate_row = _row_pointers(GATE, rows, sizes, gate_strides, group_start, ROW_ALIGN, GROUPS * N)
+    out_row = _row_offsets(rows, sizes, (), ROW_ALIGN, GROUPS * N) + group_start
+
+    z = _load(gate_row, cols, mask, LOAD_POLICY)
+    u = _norm_input(_load(x_row, cols, mask, LOAD_POLICY), None, z, ARITHMETIC)
+    rstd = tl.load(RSTD + rows.to(tl.int64) * GROUPS + group, mask=rows < M, other=0.0)
+    w = _load_weight(W, stride_w, group_start + cols, cols < N, ARITHMETIC)
+    _store(Y + out_row, cols, _norm_output(u, rstd[:, None], w, z, ARITHMETIC), mask, STORE_POLICY)
 
 
 @_jit

@@ -33,7 +33,7 @@ class Launch:
     """A kernel with everything but its pointers: called with them, it runs on the current stream of their device.
 
     Attributes:
-        step: "forward", "backward", "c1" or "sum_partials".
+        step: "forward", "output", "backward", "c1" or "sum_partials".
         pointers: names of the kernel's pointers, in the order of the call.
         values: the other arguments of the kernel, by name.
         options: Triton's options, by name.

@@ -4,6 +4,7 @@ All but the pointers is prepared once and kept; after that a call allocates its 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, InputTuple, Needs, Outputs, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import kernels, table
-from triton_rmsnorm.runtime.config import Config, Device, Key, reduction_config
+from triton_rmsnorm.runtime.config import Config, Device, Key, analytic, reduction_config
 from triton_rmsnorm.runtime.launch import INTERPRETED, Launch, device_of, kept
 from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, readable, row_strides, weight_strides
 
@@ -38,6 +40,20 @@ def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> Outputs:
     return Outputs(y, rstd, residual_out)
 
 
+def output(u: Tensor, weight: Tensor | None, gate: Tensor | None, rstd: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """y of a forward again, in its dtype and with the same bits, from what was normalized (x, or x + residual) and rstd."""
+    keys = [None if t is None else (t.shape, t.stride(), t.dtype, t.is_neg()) for t in (u, weight, gate)]  # as key_of
+    plan = _output_plan(spec, u.device, rstd.dtype, dtype, *keys)
+    if plan is None:
+        u, weight, _, gate = _readable_inputs((u, weight, None, gate), spec)
+        return output(u, weight, gate, rstd, spec, dtype)
+    y = plan.new()
+    if plan.launch is not None:
+        _check_data("weight", weight, plan.weight_bytes)
+        plan.launch(u, weight, gate, rstd.contiguous(), y)
+    return y
+
+
 def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = None, needs: Needs = Needs()) -> Gradients:  # noqa: B008
     """The gradients that are needed (by default dx and dweight), contiguous; arguments as in reference.backward."""
     dy, dresidual_out, x, weight, gate, rstd = given
@@ -53,9 +69,7 @@ def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = No
             dweight.zero_()
         return gradients
 
-    if weight is not None and weight.untyped_storage().nbytes() < plan.weight_bytes:
-        held = weight.untyped_storage().nbytes() // weight.element_size()
-        raise RuntimeError(f"weight must have the data in backward that it had in forward, {(*weight.shape,)}, got storage of {(held,)}")
+    _check_data("weight", weight, plan.weight_bytes)
     rstd = rstd.contiguous()
     if plan.launches.c1 is not None:
         plan.launches.c1(dy, x, weight, gate, rstd, c1)
@@ -77,6 +91,12 @@ Buffer = Callable[[], Any]  # returns a new tensor
 class _ForwardPlan(NamedTuple):
     launch: Launch | None  # None: nothing to compute
     outputs: tuple[Buffer | None, ...]  # y, rstd, residual_out
+
+
+class _OutputPlan(NamedTuple):
+    launch: Launch | None
+    new: Buffer  # of y
+    weight_bytes: int
 
 
 class _BackwardPlan(NamedTuple):
@@ -102,6 +122,20 @@ def _forward_plan(spec: Spec, needs_rstd: bool, device: torch.device, *keys: Lay
         contiguous(x.shape, residual.dtype) if residual else None,
     )
     return _ForwardPlan(forward_launch(spec, device_of(device), x, weight, residual, gate) if prod(x.shape) else None, outputs)
+
+
+@kept
+def _output_plan(spec: Spec, device: torch.device, acc: torch.dtype, dtype: torch.dtype, *keys: LayoutKey | None) -> _OutputPlan | None:
+    """Everything of the computation of y from rstd except the pointers; None if some tensor cannot be read in place."""
+    u, weight, gate = (None if key is None else Layout(*key) for key in keys)
+    assert u
+    _check_saved("weight", weight, spec.normalized_shape)
+    _check_saved("gate", gate, u.shape)
+    if not in_place(spec, weight, u, gate):
+        return None
+    new = partial(torch.empty, u.shape, dtype=dtype, device=device)
+    launch = output_launch(spec, device_of(device), acc, u, weight, gate) if prod(u.shape) else None
+    return _OutputPlan(launch, new, weight.span if weight else 0)
 
 
 @kept
@@ -136,6 +170,12 @@ def _check_saved(name: str, saved: Layout | None, shape: tuple[int, ...]) -> Non
         raise RuntimeError(f"{name} must have the same shape in backward as in forward, {(*shape,)}, got {(*saved.shape,)}")
 
 
+def _check_data(name: str, saved: Tensor | None, nbytes: int) -> None:
+    if saved is not None and saved.untyped_storage().nbytes() < nbytes:
+        held = saved.untyped_storage().nbytes() // saved.element_size()
+        raise RuntimeError(f"{name} must have the data in backward that it had in forward, {(*saved.shape,)}, got storage of {(held,)}")
+
+
 def forward_launch(
     spec: Spec,
     device: Device,
@@ -153,6 +193,16 @@ def forward_launch(
     if config.block_n < spec.columns:
         return Launch("forward", kernels._rms_norm_fwd_blocked_kernel, grid, config, eps=spec.eps, NUM_STAGES=config.num_stages, **values)
     return Launch("forward", kernels._rms_norm_fwd_kernel, grid, config, eps=spec.eps, WEIGHT_FIRST=config.weight_first, **values)
+
+
+def output_launch(spec: Spec, device: Device, acc: torch.dtype, u: Layout, weight: Layout | None, gate: Layout | None = None) -> Launch:
+    """The launch that computes y from rstd on `device`, in the arithmetic of the forward: `acc`, which x may have been in, but not u."""
+    rows = {"x_strides": u, "gate_strides": gate}
+    config = analytic(_key("forward", spec, weight, u, None, gate), device)  # not tuned: this runs where memory is short
+    values = _values(spec, config, rows, weight)
+    values["ARITHMETIC"] = replace(values["ARITHMETIC"], acc=_TL_DTYPES[acc])
+    grid = (triton.cdiv(values["M"], config.block_m), spec.groups, triton.cdiv(spec.columns, config.block_n))
+    return Launch("output", kernels._rms_norm_output_kernel, grid, config, **values)
 
 
 def backward_launches(
