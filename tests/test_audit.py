@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from math import inf
 
 import pytest
 import triton
@@ -12,7 +13,7 @@ from bench import plot, records
 from bench.audit import __main__ as command
 from bench.audit import picture, rules
 from bench.audit.compile import TARGETS, Kernel, compile_for
-from bench.audit.machine import accesses, instructions, narrow_products
+from bench.audit.machine import accesses, narrow_products, work
 from bench.audit.record import DEVICES, depends_on_rows, launches, tensors
 from bench.audit.rows import Row, audit, problems
 from bench.problem import VARIANTS, Problem
@@ -28,7 +29,7 @@ KERNEL = Kernel(
     block_n=4096,
     num_warps=4,
     num_ctas=1,
-    grid=(264, 1, 1),
+    grid=(1056, 1, 1),
     registers=100,
     spilled=0,
     shared=16384,
@@ -36,9 +37,9 @@ KERNEL = Kernel(
     aligned={"X": 16, "Y": 16},
     async_copies=8,
     persistent=True,
-    resident=4,
-    per_sm=2.0,
-    in_flight=32768,
+    resident=16,
+    per_sm=8.0,
+    in_flight=65536,
     per_element=10.0,
     narrow_products=[],
 )
@@ -85,7 +86,7 @@ def test_row_without_defects():
     [
         ({"spilled": 8}, "spills 8 bytes"),
         ({"widths": {"X": 8, "Y": 16}}, "accesses X by 8 bytes, not 16"),
-        ({"resident": 1}, "2.00 thread blocks per SM, of which 1 fit"),
+        ({"resident": 7}, "8.00 thread blocks per SM, of which 7 fit"),
         ({"resident": 0, "grid": (1, 1, 264)}, "of which 0 fit"),
         ({"shared": 1 << 20}, "takes 1048576 bytes of shared memory"),
         ({"narrow_products": ["arith.muli %1, %2 : i32"]}, "has 32-bit offsets: arith.muli"),
@@ -93,7 +94,7 @@ def test_row_without_defects():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_defects_of_a_kernel_are_named(defect, said):
-    (rule,) = rules.broken(ROW._replace(kernels=[KERNEL._replace(**defect)]))
+    (rule,) = rules.broken(ROW._replace(problem=BACKWARD, kernels=[KERNEL._replace(**defect)]))
     assert said in rule
 
 
@@ -122,14 +123,15 @@ def test_rows_that_are_read_again_from_the_cache():
 
 
 def test_a_backward_may_move_five_percent():
-    size = BACKWARD.bytes + BACKWARD.rstd_bytes
-    row = ROW._replace(problem=BACKWARD, loaded={"X": size // 2}, stored={"Y": size * 54 // 100}, cached={})
+    problem = BACKWARD._replace(n=8192)
+    size = problem.bytes + problem.rstd_bytes
+    row = ROW._replace(problem=problem, loaded={"X": size // 2}, stored={"Y": size * 54 // 100}, cached={})
     assert rules.broken(row) == []
     assert len(rules.broken(row._replace(stored={"Y": size * 56 // 100}))) == 1
 
 
 def test_exceptions_are_no_wider_than_said():
-    """What may be read twice or spill, case by case; nothing else may."""
+    """What may be read twice or spill; nothing else may."""
     clusters = DEVICES["sm_90"].max_ctas > 1
     once = {problem: rules.read_once("sm_90", problem) for problem in problems()}
     most = 131072 if clusters else 16384
@@ -138,11 +140,27 @@ def test_exceptions_are_no_wider_than_said():
     assert fewer == {("backward", "plain", "fp64")} | (set() if clusters else gates)
     assert {rules.read_once("gfx942", problem) for problem in once if problem.dtype != "fp64"} == {16384}
     spills = {problem for problem in once if rules.may_spill("sm_90", problem)}
-    if clusters:
-        assert spills == {Problem(8192, 131072, "backward", "gate_rounded")}
-    else:
-        assert min(problem.n for problem in spills if problem.variant == "plain" and problem.dtype != "fp64") == 12288
-    assert all(rules.may_spill("sm_90", problem) <= 192 for problem in once)
+    assert {problem for problem in spills if problem.n <= 8192} == {BACKWARD._replace(variant="gate_rounded")}
+    assert {problem.direction for problem in spills} == {"backward"}
+
+
+@pytest.mark.parametrize(
+    ("target", "problem", "defect", "said"),
+    [
+        ("sm_90", PLAIN, {"resident": 5}, "has 20 warps per SM, not 24"),
+        ("sm_90", PLAIN, {"in_flight": 30000}, "has 1.15 of the bytes in flight, not 1.2"),
+        ("sm_100", PLAIN, {"in_flight": 30000}, "has 0.70 of the bytes in flight, not 1.1"),
+        ("sm_90", PLAIN, {"per_element": 12.1}, "takes 12.1 instructions per element, more than 12"),
+        ("sm_90", PLAIN, {"num_warps": 8, "per_element": 14.6}, "takes 14.6 instructions per element, more than 14.5"),
+    ],
+)
+def test_what_does_not_hide_latency_is_named(target, problem, defect, said):
+    """On sm_90, where a tile of 4096 columns and 4 warps is 32 elements per thread."""
+    flat = KERNEL._replace(persistent=False, per_sm=inf, resident=8, in_flight=65536)
+    row = ROW._replace(target=target, problem=problem)
+    assert rules.broken(row._replace(kernels=[flat])) == []
+    (rule,) = rules.broken(row._replace(kernels=[flat._replace(**defect)]))
+    assert said in rule
 
 
 def test_unaligned_rows_may_be_accessed_by_less():
@@ -243,7 +261,7 @@ SASS = """
         /*0010*/                   LDG.E.128 R4, [R2.64] ; /* 0x1 */
         /*0020*/                   NOP ;                   /* 0x1 */
         /*0030*/              @!P0 BRA 0x10 ;              /* 0x1 */
-        /*0040*/                   STG.E.128 [R2.64], R4 ; /* 0x1 */
+        /*0040*/                   STG.E.64 [R2.64], R4 ;  /* 0x1 */
         /*0050*/                   EXIT ;                  /* 0x1 */
         /*0060*/                   BRA 0x60 ;              /* 0x1 */
 """
@@ -259,11 +277,11 @@ _kernel:
 """
 
 
-def test_instructions():
+def test_work():
     """Those of loops over memory; of a kernel without such a loop all that run."""
-    assert instructions(SASS) == (2, 0)
-    assert instructions(SASS.replace("BRA 0x10 ", "BRA 0x40 ")) == (6, 1)
-    assert instructions(AMDGCN) == (4, 1)
+    assert work(SASS) == (2, 16, 0, True)
+    assert work(SASS.replace("BRA 0x10 ", "BRA 0x40 ")) == (6, 16, 8, False)
+    assert work(AMDGCN) == (4, 16, 16, True)
 
 
 def test_narrow_products():

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bench.audit.machine import Access, accesses, instructions, narrow_products
+from bench.audit.machine import Access, Work, accesses, narrow_products, work
 from bench.audit.record import DEVICES, rows, tensors
 from triton_rmsnorm.runtime.config import Device
 from triton_rmsnorm.runtime.launch import Recorded
@@ -54,8 +54,7 @@ class Code(NamedTuple):
     spilled: int  # bytes per thread
     shared: int  # bytes per thread block
     accesses: list[Access]  # to global memory
-    instructions: int  # per thread: of the loops over rows where there are any, else of the whole kernel
-    stores: int  # of the same, to global memory
+    work: Work
     narrow_products: list[str]  # multiplications whose result may need more than 32 bits
 
 
@@ -121,7 +120,7 @@ def inspect(recorded: Recorded, target: Target) -> Kernel:
         resident=fit,
         per_sm=per_sm,
         in_flight=int(tile // options["num_ctas"] * (values["NUM_STAGES"] - 1 if prefetched else 1) * min(fit, per_sm)),
-        per_element=round(code.instructions / elements(code, row_tensors), 1),
+        per_element=per_element(code, row_tensors),
         narrow_products=code.narrow_products,
     )
 
@@ -143,16 +142,16 @@ def allocated(registers: int) -> int:
     return -(-registers // REGISTER_UNIT) * REGISTER_UNIT
 
 
-def elements(code: Code, row_tensors: dict[str, Tensor]) -> float:
-    """Elements of a row that a thread works on in code.instructions."""
-    for kinds in (("store",), ("load", "async")):
-        for name, tensor in row_tensors.items():
-            found = [access.width for access in code.accesses if access.pointer == name and access.kind in kinds]
-            if found:
-                stores = sum(access.kind == "store" for access in code.accesses)
-                copies = max(1, code.stores / stores) if stores else 1  # the assembler may unroll a loop
-                return sum(found) / tensor.itemsize * copies
-    raise ValueError("the kernel accesses no rows")
+def per_element(code: Code, row_tensors: dict[str, Tensor]) -> float:
+    """Instructions per element of a tile."""
+    stored, loaded = (
+        {access.pointer for access in code.accesses if access.pointer in row_tensors and (access.kind == "store") == store}
+        for store in (True, False)
+    )
+    moved, names = (code.work.stored, stored) if stored else (code.work.loaded, loaded)
+    if not code.work.loops:  # exactly; a loop has copies of its accesses around it, and others do not concern rows
+        moved = sum(access.width for access in code.accesses if access.pointer in names and (access.kind == "store") == bool(stored))
+    return round(code.work.instructions * sum(row_tensors[name].itemsize for name in names) / moved, 1)
 
 
 def compile_for(kernel: triton.JITFunction, arguments: list, options: dict[str, Any], gpu: GPUTarget) -> CompiledKernel:
@@ -184,6 +183,6 @@ def read(compiled: CompiledKernel, pointers: list[str]) -> Code:
         spilled,
         compiled.metadata.shared,
         accesses(compiled.asm["llir"], pointers),
-        *instructions(code),
+        work(code),
         narrow_products(compiled.asm["ttir"]),
     )

@@ -59,22 +59,36 @@ def _type_bytes(name: str) -> int:
     return int(lanes or vector or 1) * (int(bits) // 8 if bits else {"half": 2, "bfloat": 2, "float": 4, "double": 8}[kind])
 
 
-_SASS = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?(\w+)([^;]*)", re.MULTILINE)
-_STORES = re.compile(r"STG$|(global|buffer)_store")
-_GLOBAL = re.compile(rf"LDG$|LDGSTS$|(global|buffer)_load|{_STORES.pattern}")
+class Work(NamedTuple):
+    """What a thread does in the loops over rows of a kernel, each counted once; in a kernel without such a loop, in all of it."""
+
+    instructions: int
+    loaded: int  # bytes from global memory
+    stored: int
+    loops: bool
 
 
-def instructions(code: str) -> tuple[int, int]:
-    """Instructions and stores to global memory in the loops of SASS or AMD's assembly, or in all of it if it has no loop.
+_SASS = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([\w.]+)([^;]*)", re.MULTILINE)
+_LOAD = re.compile(r"(LDG|LDGSTS)\b|(global|buffer)_load")
+_STORE = re.compile(r"STG\b|(global|buffer)_store")
+_WIDTH = re.compile(r"\.[US]?(8|16|64|128)\b|_(byte|short|dwordx2|dwordx3|dwordx4)")
+_BYTES = {"8": 1, "16": 2, "64": 8, "128": 16, "byte": 1, "short": 2, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
-    Loops that touch no global memory, in which a thread waits for others, are no loops here. Nested loops count once.
-    """
+
+def work(code: str) -> Work:
+    """Reads SASS or AMD's assembly. Loops that touch no global memory, in which a thread waits for others, are no loops here."""
     found = _sass(code) or _amdgcn(code)
     loops = [(target, i) for i, (_, target) in enumerate(found) if target is not None and target < i]
-    loops = [(first, last) for first, last in loops if any(_GLOBAL.match(name) for name, _ in found[first : last + 1])]
+    loops = [(first, last) for first, last in loops if any(_LOAD.match(name) or _STORE.match(name) for name, _ in found[first : last + 1])]
     inside = [name for i, (name, _) in enumerate(found) if not loops or any(first <= i <= last for first, last in loops)]
     inside = [name for name in inside if name not in ("NOP", "s_nop", "s_endpgm")]
-    return len(inside), sum(bool(_STORES.match(name)) for name in inside)
+    loaded, stored = (sum(map(_bytes, filter(kind.match, inside))) for kind in (_LOAD, _STORE))
+    return Work(len(inside), loaded, stored, bool(loops))
+
+
+def _bytes(instruction: str) -> int:
+    width = _WIDTH.search(instruction)
+    return _BYTES[width[1] or width[2]] if width else 4
 
 
 def _sass(code: str) -> list[tuple[str, int | None]]:

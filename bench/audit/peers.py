@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from bench.audit.compile import TARGETS, Target, compile_for, elements, inspect, read, resident
+from bench.audit.compile import TARGETS, Target, compile_for, inspect, per_element, read, resident
 from bench.audit.record import calls, launches
 from bench.audit.rows import ROWS, in_processes
 from bench.problem import Problem
@@ -106,7 +106,7 @@ def _figures(call: Call, problem: Problem, target: Target) -> Figures:
     blocks = resident(code, num_warps, target)
     loaded = sum(access.width for access in code.accesses if access.kind != "store" and access.pointer in rows)
     threads = 32 * num_warps * blocks
-    return Figures(code.registers, code.spilled, num_warps * blocks, loaded * threads, round(code.instructions / elements(code, rows), 1))
+    return Figures(code.registers, code.spilled, num_warps * blocks, loaded * threads, per_element(code, rows))
 
 
 def table(target: str, results: list[tuple[Problem, dict[str, Figures | str]]]) -> Table:

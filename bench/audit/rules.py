@@ -7,15 +7,16 @@ from math import inf
 import triton
 
 from bench import records
-from bench.audit.compile import TARGETS, allocated
+from bench.audit.compile import TARGETS, Kernel, allocated
 from bench.audit.rows import ROWS, Row
 from bench.problem import VARIANTS, Problem
 
-MEMORY = {"forward": 1.02, "backward": 1.05}  # bytes that may be moved, as multiples of the minimum
+WARPS = {8192: 24, 131072: 16}  # resident per SM in the forward on sm_90, for up to so many columns
+IN_FLIGHT = 1.2  # bytes in flight, as multiples of what keeps the memory busy
 
 
 def read_once(target: str, problem: Problem) -> int:
-    """The largest number of columns for which rows must be read once.
+    """The largest number of columns for which rows must be read once from memory.
 
     It is 131072 where there are clusters and 16384 where there are none (sm_80, gfx942, Triton before 3.9), and half of that in two cases
     in which a row would only fit by spilling (compiled):
@@ -30,21 +31,82 @@ def read_once(target: str, problem: Problem) -> int:
     return (131072 if device.max_ctas > 1 else 16384) // (2 if halved else 1)
 
 
+def may_move(target: str, problem: Problem) -> float:
+    """Memory traffic as a multiple of the minimum: 1.02 in the forward, 1.05 in the backward.
+
+    A backward of up to 4096 columns may move 1.10 (gfx942: 1.20) of it: an H200 was fastest with several programs per SM, each of which has
+    a partial dw (measured). These are still in the L2 when they are summed, but count as memory traffic here.
+    """
+    if problem.direction == "forward":
+        return 1.02
+    if problem.n > 4096:
+        return 1.05
+    return 1.2 if target == "gfx942" else 1.1
+
+
 def may_spill(target: str, problem: Problem) -> float:
     """The largest number of bytes per thread that may be spilled.
 
-    On sm_90 and sm_100 it is 0, except for rows where a second read is assumed to cost more (not measured):
+    It is 0 on sm_90 and sm_100, except in the backward
 
-    - without clusters (Triton before 3.9), the longer half of those that are to be read once, and longer ones;
-    - with clusters, the backward of a gate around which values are rounded, beyond 65536 columns.
+    - of more than 8192 columns, where a thread holds 64 elements: 176 (640 where rows are not aligned). An H200 was fastest this way, at 85
+      to 92 % of a copy (measured for up to 32768 columns);
+    - of a gate around which values are rounded, at 4096 columns, where fewer elements per thread would cost more (not measured).
+
+    The other targets have no limit (not measured).
     """
-    once, variant = read_once(target, problem), VARIANTS[problem.variant]
     if target not in ("sm_90", "sm_100"):
         return inf
-    if TARGETS[target].device.max_ctas == 1:
-        return 192 if problem.n > once // 2 else 0
-    rounded_gate = problem.direction == "backward" and variant.gate and "x_hat_dtype" in variant.knobs
-    return 176 if rounded_gate and once // 2 < problem.n <= once else 0
+    if problem.direction == "backward" and problem.n > 8192:
+        return 176 if problem.layout == "contiguous" else 640
+    return 88 if problem.variant == "gate_rounded" and problem.direction == "backward" and problem.n > 2048 else 0
+
+
+def instructions(problem: Problem, kernel: Kernel) -> float:
+    """The largest number of instructions per element on sm_90, for 1024 to 16384 columns: 12 forward, 15 backward.
+
+    The exceptions:
+
+    - With 16 elements per thread, addresses, masks and sums weigh more: 14.5 and 19. An H200 was as fast with them, or faster, at 95 to
+      100 % of a copy (measured), so instructions are not what limits it.
+    - A residual is one more tensor to load, to round and to store: 18 and 20. Roundings of x_hat or rstd: 15.5 and 19.
+    - A gate takes an exponential and a division: 33 and 44; gelu with its erf, and roundings around it: 50 and 68.
+    - fp64 has half of the lanes and no fast reciprocal square root: 50 and 50.
+    """
+    forward = problem.direction == "forward"
+    if problem.variant == "gate_rounded":
+        return 50 if forward else 68
+    if problem.kind == "gate":
+        return 33 if forward else 44
+    if "fp64" in (problem.dtype, problem.weight_dtype):
+        return 50
+    if problem.kind == "residual":
+        return 18 if forward else 20
+    if problem.variant == "rounded_twice":
+        return 15.5 if forward else 19
+    few = kernel.block_m * kernel.block_n <= 16 * 32 * kernel.num_warps * kernel.num_ctas
+    return (14.5 if forward else 19) if few else (12 if forward else 15)
+
+
+def hidden_latency(row: Row, kernel: Kernel) -> list[str]:
+    """What a kernel lacks to hide the latency of memory.
+
+    It needs, on sm_90, 24 warps per SM in the forward of up to 8192 columns and 16 beyond, and on every target 1.2 times the bytes in
+    flight that keep its memory busy. For sm_100 it is 1.1, and 0.75 where rows are read in blocks: the configurations were chosen on an
+    H200, which has little more than half of its bandwidth per SM. Not looked at are rows that are not contiguous, fewer than 64 columns,
+    and a backward that 8192 rows do not fill.
+    """
+    problem, target = row.problem, TARGETS[row.target]
+    if problem.layout != "contiguous" or problem.n < 64 or (problem.direction == "backward" and not kernel.persistent):
+        return []
+    found = []
+    wanted = next((warps for columns, warps in WARPS.items() if problem.n <= columns), 0)
+    if row.target == "sm_90" and problem.direction == "forward" and kernel.warps < wanted:
+        found.append(f"{kernel.name} has {kernel.warps} warps per SM, not {wanted}")
+    least = IN_FLIGHT if row.target != "sm_100" else 0.75 if kernel.block_n < problem.n else 1.1
+    if kernel.in_flight < least * target.latency_bytes:
+        found.append(f"{kernel.name} has {kernel.in_flight / target.latency_bytes:.2f} of the bytes in flight, not {least}")
+    return found
 
 
 def broken(row: Row) -> list[str]:
@@ -66,9 +128,14 @@ def broken(row: Row) -> list[str]:
             found.append(f"{kernel.name} takes {kernel.shared} bytes of shared memory")
         if kernel.narrow_products:
             found.append(f"{kernel.name} has 32-bit offsets: {', '.join(kernel.narrow_products)}")
+    if row.main:
+        found += hidden_latency(row, row.main)
+        allowed = instructions(problem, row.main)
+        if row.target == "sm_90" and 1024 <= problem.n <= 16384 and problem.layout == "contiguous" and row.main.per_element > allowed:
+            found.append(f"{row.main.name} takes {row.main.per_element} instructions per element, more than {allowed}")
     if problem.n <= read_once(row.target, problem):
         found += [f"{name} is read {times:.3f} times" for name, times in row.reads.items() if times != 1 and not row.reads_from_cache]
-        limit = MEMORY[problem.direction]
+        limit = may_move(row.target, problem)
         if row.memory > limit * row.minimum:
             found.append(f"moves {row.memory / row.minimum:.4f} of the minimum, more than {limit}")
     if row.depends_on_rows:
