@@ -64,7 +64,7 @@ def exported(x: Tensor, weight: Tensor) -> None:
 def dtensor(x: Tensor, weight: Tensor) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo" if x.is_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(x.device.type, (1,))
         backward(

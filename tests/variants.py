@@ -33,25 +33,31 @@ class Variant(NamedTuple):
 
 N = 6
 
+
+def torchs(x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """F.rms_norm on the CPU: on GPUs torch has another operator, which lacks forward-mode AD and makes all of a row with inf NaN."""
+    return F.rms_norm(x.cpu(), normalized_shape, None if weight is None else weight.cpu(), eps).to(x.device)
+
+
 VARIANTS = {
-    "plain": Variant(lambda x, w: rms_norm(x, (N,), w), lambda x, w: F.rms_norm(x, (N,), w)),
-    "no_weight": Variant(lambda x: rms_norm(x, (N,)), lambda x: F.rms_norm(x, (N,)), ("x",)),
-    "two_dims": Variant(lambda x, w: rms_norm(x, (3, N), w), lambda x, w: F.rms_norm(x, (3, N), w), ndim=2),
+    "plain": Variant(lambda x, w: rms_norm(x, (N,), w), lambda x, w: torchs(x, (N,), w)),
+    "no_weight": Variant(lambda x: rms_norm(x, (N,)), lambda x: torchs(x, (N,)), ("x",)),
+    "two_dims": Variant(lambda x, w: rms_norm(x, (3, N), w), lambda x, w: torchs(x, (3, N), w), ndim=2),
     "groups_and_offset": Variant(
         lambda x, w: rms_norm(x, (N,), w, 1e-3, group_size=2, weight_offset=1.0),
-        lambda x, w: F.rms_norm(x.unflatten(-1, (3, 2)), (2,), eps=1e-3).flatten(-2) * (1 + w),
+        lambda x, w: torchs(x.unflatten(-1, (3, 2)), (2,), eps=1e-3).flatten(-2) * (1 + w),
     ),
     "residual": Variant(
-        lambda x, w, r: add_rms_norm(x, r, (N,), w), lambda x, w, r: (F.rms_norm(x + r, (N,), w), x + r), ("x", "weight", "residual")
+        lambda x, w, r: add_rms_norm(x, r, (N,), w), lambda x, w, r: (torchs(x + r, (N,), w), x + r), ("x", "weight", "residual")
     ),
     "gate": Variant(
         lambda x, w, z: rms_norm_gated(x, z, (N,), w, activation="sigmoid"),
-        lambda x, w, z: F.rms_norm(x, (N,), w) * z.sigmoid(),
+        lambda x, w, z: torchs(x, (N,), w) * z.sigmoid(),
         ("x", "weight", "gate"),
     ),
     "gate_first": Variant(
         lambda x, w, z: rms_norm_gated(x, z, (N,), w, activation="gelu_tanh", norm_before_gate=False),
-        lambda x, w, z: F.rms_norm(x * F.gelu(z, approximate="tanh"), (N,), w),
+        lambda x, w, z: torchs(x * F.gelu(z, approximate="tanh"), (N,), w),
         ("x", "weight", "gate"),
     ),
 }
