@@ -18,7 +18,7 @@ import torch
 from bench import plot, records
 from bench.train import __main__ as command
 from bench.train.job import PRESETS, batches, count_parameters, new_model, read_text
-from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, control, huggingface, liger, ours, ours_fused
+from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, RECOMPUTED, control, huggingface, liger, ours, ours_fused
 from bench.train.report import picture
 from bench.train.run import Run, agrees, attempt, compare, largest_difference, tolerance, train, what_fits
 
@@ -186,6 +186,15 @@ def test_ours_compiled_may_not_fail(status, losses, good):
     assert command.judge(runs | {"torch.compile, ours": Run(status, losses=losses)}) == good
 
 
+@pytest.mark.slow
+def test_recomputed_norms_train_the_same(before, launches):
+    """Bit for bit, with one more launch for each norm and step."""
+    plain, recomputed = (attempt(name, SMALL, read_text(None), before) for name in ("ours", RECOMPUTED))
+    assert recomputed.losses == plain.losses and len(plain.losses) == SMALL.steps
+    counts = Counter(launched.step for launched in launches)
+    assert counts == dict.fromkeys(("forward", "backward", "sum_partials"), 2 * 3 * NORMS) | {"output": 3 * NORMS}
+
+
 def test_nothing_to_replace():
     for provider in (ours, ours_fused):
         with pytest.raises(RuntimeError, match="nothing to replace"):
@@ -299,8 +308,8 @@ def test_what_fits(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "compares"),
-    [([], False), (["--preset", "1b"], True), (["--preset", "1b", "--no-compare"], False), (["--compare"], True)],
-    ids=["tiny", "1b", "no-compare", "compare"],
+    [([], False), (["--recompute"], False), (["--preset", "1b"], True), (["--preset", "1b", "--no-compare"], False), (["--compare"], True)],
+    ids=["tiny", "recompute", "1b", "no-compare", "compare"],
 )
 def test_when_all_are_compared(arguments, compares):
     assert command.parse(arguments).compare == compares

@@ -25,7 +25,7 @@ from torch import Tensor
 from bench import records
 from bench.train import report
 from bench.train.job import CPU, PRESETS, Job, device_name, interpreted, new_model, read_text
-from bench.train.providers import BASELINE, PROVIDERS, QUICK
+from bench.train.providers import BASELINE, PROVIDERS, QUICK, RECOMPUTED
 from bench.train.run import DRIFT, Run, agrees, compare, largest_difference, tolerance
 
 
@@ -59,6 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and activations")
     parser.add_argument("--device", help="cuda or cpu; a GPU if there is one")
     parser.add_argument("--checkpointing", action="store_true", help="keep a layer's input instead of its activations")
+    parser.add_argument("--recompute", action="store_true", help="also ours with recompute_norms, which --compare includes")
     parser.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
@@ -127,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     def save(runs: dict[str, Run]) -> None:
         records.write(json, report.figures(about, job, runs), lines="runs")
 
-    runs = compare(job, text, tuple(PROVIDERS) if args.compare else QUICK, save)
+    names = tuple(PROVIDERS) if args.compare else QUICK + (RECOMPUTED,) * args.recompute
+    runs = compare(job, text, names, save)
     result = report.figures(about, job, runs)
     report.picture(result).savefig(picture, dpi=150)
     print(f"\n{report.table(result)}")
