@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from variants import FUNCTIONS, VARIANTS, N, Variant, scalar
+from variants import FUNCTIONS, VARIANTS, N, Variant, leaves, scalar, trained
 
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, rms_norm
 from triton_rmsnorm.reference import Spec, accumulation_dtype
@@ -46,20 +46,6 @@ def variant(request) -> Variant:
 @pytest.fixture(params=FUNCTIONS.values(), ids=FUNCTIONS)
 def function(request) -> Variant:
     return request.param
-
-
-def leaves(tensors) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
-
-
-def trained(f, tensors) -> list[Tensor]:
-    """All outputs and gradients."""
-    tensors = leaves(tensors)
-    outputs = tree_leaves(f(*tensors))
-    torch.autograd.backward(
-        outputs, [torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).cos() for y in outputs]
-    )
-    return [*[y.detach() for y in outputs], *[t.grad for t in tensors]]
 
 
 def assert_equal(ours, theirs) -> None:
@@ -155,6 +141,7 @@ def test_eps_is_an_argument(dynamic, device):
         assert_equal(compiled(x, eps), rms_norm(x, (N,), eps=eps))
 
 
+@pytest.mark.slow
 @with_inductor
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_inductor(dynamic, device, launches):

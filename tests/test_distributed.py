@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,31 +381,11 @@ def modules_with_dtensor_weights():
         assert isinstance(module.weight, DTensor) and isinstance(module(x), DTensor)
 
 
-LAZY = """
-import sys
-import torch
-before = set(sys.modules)
-import triton_rmsnorm
-x = torch.randn(2, 8, requires_grad=True)
-triton_rmsnorm.RMSNorm(8)(x).sum().backward()
-new = [name for name in set(sys.modules) - before if name.startswith("torch.distributed.tensor") or name == "triton_rmsnorm.distributed"]
-assert not new, new
-assert "torch.distributed.tensor" not in before, "torch itself imports it"
-"""
-
-
-def test_rules_are_registered_lazily():
-    """Neither the import nor a call brings torch.distributed.tensor, which takes half a second."""
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["rules_are_registered_lazily.py", "rules_come_with_dtensor.py"])
+def test_registration(script):
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", LAZY], check=True, env=env, timeout=120)
-
-
-def test_rules_come_with_dtensor():
-    """Whichever is imported first."""
-    code = LAZY.split("new = ")[0] + "import torch.distributed.tensor\ntriton_rmsnorm.rms_norm(torch.ones(2, 8, device='meta'), (8,))\n"
-    code += "with torch._subclasses.FakeTensorMode():\n    triton_rmsnorm.rms_norm(torch.ones(2, 8), (8,))\n"
-    code += "assert 'triton_rmsnorm.distributed' in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=120)
+    subprocess.run([sys.executable, Path(__file__).parent / "scripts" / script], check=True, env=env, timeout=120)
 
 
 @pytest.mark.slow

@@ -2,15 +2,17 @@
 
 import copy
 import inspect
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import compiled
+from torch.nn import functional as F
+from variants import trained
 
-from triton_rmsnorm import RMSNorm
+from triton_rmsnorm import RMSNorm, reference, rms_norm
+from triton_rmsnorm.reference import Inputs, Spec
+from triton_rmsnorm.runtime import launch
 
 ARGUMENTS = {
     "int": ((64,), {}),
@@ -54,40 +56,23 @@ def test_state_moves_between_them(device):
     assert torch.equal(ours.weight, torch.ones_like(ours.weight))
 
 
-WITHOUT_INTERPRETER = """
-import torch
-from torch.nn import functional as F
-import triton_rmsnorm
-from triton_rmsnorm import reference
-from triton_rmsnorm.runtime import launch
-
-def fail(*_):
-    raise AssertionError("launched on the CPU")
-
-assert not launch.INTERPRETED
-launch.Launch.__call__ = fail
-
-def run(function, x, weight):
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    y = function(x, weight)
-    y.backward(torch.ones_like(y))
-    return y, x.grad, weight.grad
-
-for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    x, weight = torch.randn(3, 5, 96, dtype=dtype), torch.randn(96, dtype=dtype)
-    for eps in (None, 1e-5):
-        ours = run(lambda x, weight: triton_rmsnorm.rms_norm(x, (96,), weight, eps), x, weight)
-        theirs = run(lambda x, weight: F.rms_norm(x, (96,), weight, eps), x, weight)
-        assert all(torch.equal(our, their) and our.dtype == their.dtype for our, their in zip(ours, theirs))
-    grouped = reference.Spec((96,), 1e-6, group_size=32, weight_offset=1.0)
-    ours = triton_rmsnorm.rms_norm(x, (96,), weight, 1e-6, group_size=32, weight_offset=1.0)
-    assert torch.equal(ours, reference.forward(x, weight, grouped)[0])
-    module = triton_rmsnorm.RMSNorm(96, dtype=dtype)
-    assert torch.equal(module(x), torch.nn.RMSNorm(96, dtype=dtype)(x))
-"""
+def run_on_the_cpu() -> None:
+    """Without TRITON_INTERPRET, CPU tensors are left to torch's own operator, bit for bit, and nothing is launched."""
+    assert not launch.INTERPRETED
+    with launch.recorded() as launches:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            x, weight = torch.randn(3, 5, 96, dtype=dtype), torch.randn(96, dtype=dtype)
+            for eps in (None, 1e-5):
+                ours = trained(lambda x, weight, eps=eps: rms_norm(x, (96,), weight, eps), (x, weight))
+                theirs = trained(lambda x, weight, eps=eps: F.rms_norm(x, (96,), weight, eps), (x, weight))
+                assert all(torch.equal(our, their) and our.dtype == their.dtype for our, their in zip(ours, theirs, strict=True))
+            grouped = rms_norm(x, (96,), weight, 1e-6, group_size=32, weight_offset=1.0)
+            spec = Spec((96,), 1e-6, group_size=32, weight_offset=1.0)
+            assert torch.equal(grouped, reference.forward(Inputs(x, weight), spec).y)
+            assert torch.equal(RMSNorm(96, dtype=dtype)(x), torch.nn.RMSNorm(96, dtype=dtype)(x))
+    assert not launches
 
 
+@pytest.mark.slow
 def test_cpu_without_interpreter():
-    """A fresh Python without TRITON_INTERPRET: imports, and leaves CPU tensors to torch's own op, bit for bit."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", WITHOUT_INTERPRETER], check=True, env=env, timeout=120)
+    compiled(run_on_the_cpu)

@@ -11,6 +11,7 @@ import triton_rmsnorm
 from triton_rmsnorm import __main__ as self_check
 
 
+@pytest.mark.slow
 def test_switches_the_interpreter_on():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-m", "triton_rmsnorm"], env=environment, capture_output=True, text=True)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from variants import VARIANTS, N, scalar
+from variants import VARIANTS, N, leaves, scalar
 
 from triton_rmsnorm import RMSNorm, rms_norm
 from triton_rmsnorm.runtime import launch
@@ -27,22 +27,18 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 loss = scalar(norm)
 
 
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
-
-
 def backward(function: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) -> None:
-    function(*leaves(*tensors)).sum().backward()
+    function(*leaves(tensors)).sum().backward()
 
 
 def create_graph(x: Tensor, weight: Tensor) -> None:
-    tensors = leaves(x, weight)
+    tensors = leaves((x, weight))
     slopes = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
     sum(slope.square().sum() for slope in slopes).backward()
 
 
 def is_grads_batched(x: Tensor, weight: Tensor) -> None:
-    tensors = leaves(x, weight)
+    tensors = leaves((x, weight))
     y = norm(*tensors)
     torch.autograd.grad(y, tensors, torch.stack([y.detach()] * 2), is_grads_batched=True)
 

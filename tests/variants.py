@@ -1,11 +1,12 @@
 """The public functions with their options as functions of tensors alone, each with the same made of torch's own operations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.reference import Spec
@@ -79,6 +80,19 @@ def ours(spec: Spec) -> Callable[..., Any]:
         return rms_norm(x, shape, weight, eps, **options)
 
     return norm
+
+
+def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def trained(function: Callable[..., Any], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """All outputs and gradients of function(*tensors), with a gradient arriving that differs from element to element."""
+    tensors = leaves(tensors)
+    outputs = tree_leaves(function(*tensors))
+    dys = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).cos() for y in outputs]
+    torch.autograd.backward(outputs, dys)
+    return [*[y.detach() for y in outputs], *[t.grad for t in tensors]]
 
 
 def scalar(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor]:

@@ -3,8 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from triton_rmsnorm.integrations.layers import LAYERS, Repository
-
 __all__ = ["kernel_config", "kernel_mapping"]
 
 
@@ -17,6 +15,8 @@ def kernel_mapping() -> dict[str, dict[str, Any]]:
     Returns:
         A mapping for `kernels.register_kernel_mapping` or `kernels.use_kernel_mapping`, for the devices "cuda", "rocm" and "cpu".
     """
+    from triton_rmsnorm.integrations.layers import LAYERS, Repository  # decorates for torch.compile, which imports all of it
+
     return {name: dict.fromkeys(("cuda", "rocm", "cpu"), Repository(layer)) for name, layer in LAYERS.items()}
 
 

@@ -1,0 +1,14 @@
+"""Neither the import of triton_rmsnorm nor a call brings torch.distributed.tensor, which takes half a second."""
+
+import sys
+
+import torch
+
+before = set(sys.modules)
+import triton_rmsnorm  # noqa: E402
+
+x = torch.randn(2, 8, requires_grad=True)
+triton_rmsnorm.RMSNorm(8)(x).sum().backward()
+new = set(sys.modules) - before
+assert not [name for name in new if name.startswith("torch.distributed.tensor") or name == "triton_rmsnorm.distributed"], new
+assert "torch.distributed.tensor" not in before, "torch itself imports it"
