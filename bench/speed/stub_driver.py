@@ -79,8 +79,8 @@ def stubbed() -> Iterator[Stub]:
         mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder),
         launch.pretend(DEVICE),
         mock.patch.object(table, "search", None),  # by time, of which there is none here
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
-        mock.patch.object(torch._C, "_cuda_getDevice", lambda: -1),  # which is what a CPU tensor says
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),  # builds for CPUs have none
+        mock.patch.object(torch._C, "_cuda_getDevice", lambda: -1, create=True),  # which is what a CPU tensor says
     ):
         library = _build(Path(folder))
         triton.runtime.driver.set_active(_Driver())
