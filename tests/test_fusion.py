@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-import triton_rmsnorm.patching.patching.trial
+import triton_rmsnorm.patching.trial
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -99,6 +99,18 @@ class InPlace(Base):
         hidden = hidden.clone()
         hidden += self.attention(hidden)
         return self.after(hidden)
+
+
+class Annotated(Base):
+    def forward(self, hidden):
+        hidden: torch.Tensor = hidden + self.attention(hidden)
+        return self.after(hidden)
+
+
+class OneOfTwo(Base):
+    def forward(self, hidden):
+        hidden, scale = hidden + self.attention(hidden), 2
+        return scale * self.after(hidden)
 
 
 class Later(Base):
@@ -206,7 +218,9 @@ def test_what_is_launched(device, launches):
     [
         (Renamed, ""),
         (Between, "no sum goes straight"),
-        (InPlace, ""),  # what adds in place may have other names
+        (InPlace, "the sum before after is written as `x += ...`, which changes a tensor that may have other names"),
+        (Annotated, "the sum before after is an assignment with an annotation"),
+        (OneOfTwo, "the sum before after is one of several values of an assignment"),
         (Later, "no sum goes straight"),
         (Perhaps, "no sum goes straight"),
         (Child, "enclosing scope: __class__"),
@@ -262,7 +276,7 @@ def test_wrapped_forward():
 
     hooked = Layer()
     hooked.forward = partial(Layer.forward, hooked)
-    assert "its own forward was replaced: patch the model before" in reason(hooked)
+    assert "its forward was replaced: patch the model before that" in reason(hooked)
 
 
 def test_decorated():

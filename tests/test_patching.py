@@ -103,7 +103,7 @@ def test_the_comparison_of_models_can_fail(llama, monkeypatch):
     """In bf16 the rounding before the weight is all that tells Llama's norm from OLMo's."""
     llama.to(B16)
     monkeypatch.setattr(
-        "triton_rmsnorm.patching.patching.replacement", lambda cls, norm: replacement(cls, Norm(Semantics(), "weight", norm.eps))
+        "triton_rmsnorm.patching.outcomes.replacement", lambda cls, norm: replacement(cls, Norm(Semantics(), "weight", norm.eps))
     )
     with pytest.raises(DiffersError, match=r"another output of model\.layers"):
         compare(llama, tiny_batch(llama), B16)

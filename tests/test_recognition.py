@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from triton_rmsnorm.patching import recognition
-from triton_rmsnorm.patching.recognition import HALF_MISMATCHES, agree, recognize
+from triton_rmsnorm.patching.proof import HALF_MISMATCHES, Proof, agree
+from triton_rmsnorm.patching.reads import Reads, reads
+from triton_rmsnorm.patching.recognition import recognize
 from triton_rmsnorm.patching.semantics import SEMANTICS, Semantics, evaluate, gated
 
 
@@ -129,21 +131,21 @@ class ThreeDimensionsOnly(Norm):
 
 
 KNOWN = [
-    (Rounded, Semantics(x_hat="input")),
+    (Rounded, Semantics(x_hat_rounding="input")),
     (Plain, Semantics()),
     (PowerAndSum, Semantics()),
-    (RoundedIfWeightIsHalf, Semantics(x_hat="half weight")),
+    (RoundedIfWeightIsHalf, Semantics(x_hat_rounding="half weight")),
     (WithOffset, Semantics(weight_offset=1.0)),
     (WithOffsetInItsDtype, Semantics(weight_offset=1.0, offset_in_weight_dtype=True)),
     (Weightless, Semantics(scaled=False)),
     (WeightUnused, Semantics(scaled=False)),
     (RoundedRstd, Semantics(scaled=False, rstd_rounded=True)),
     (Grouped, Semantics(group_size=16)),
-    (NumberOfGroups, Semantics(x_hat="input", group_size=8)),
+    (NumberOfGroups, Semantics(x_hat_rounding="input", group_size=8)),
     (Torchs, Semantics()),
-    (GateBefore, Semantics(x_hat="input", activation="silu", norm_before_gate=False)),
+    (GateBefore, Semantics(x_hat_rounding="input", activation="silu", norm_before_gate=False)),
     (GateAfter, Semantics(activation="sigmoid")),
-    (ThreeDimensionsOnly, Semantics(x_hat="input")),
+    (ThreeDimensionsOnly, Semantics(x_hat_rounding="input")),
 ]
 
 
@@ -153,7 +155,7 @@ def test_norms_written_by_hand(cls, semantics):
     assert norm.semantics == semantics
     assert norm.weight == ("weight" if semantics.scaled else None)
     assert norm.eps == "eps"
-    assert norm.autocasts == (cls is Torchs)
+    assert norm.autocast == {Torchs: "rms_norm", PowerAndSum: "other"}.get(cls, "unaffected")  # a matrix product is cast
 
 
 class Formula(Norm):
@@ -191,7 +193,7 @@ def test_each_gated_semantics_fits_itself_alone(semantics):
 def test_semantics_differ_by_far_more_than_is_put_down_to_rounding(scaled):
     """For each pair there is a probe with another dtype, or 25 times as many other elements as HALF_MISMATCHES."""
     some = [semantics for semantics in SEMANTICS if semantics.scaled == scaled]
-    proof = recognition._Proof(Norm())
+    proof = Proof(Norm(), Reads(), (1, 1))
     proof.shape, proof.rows = (64,), (8,)
     probes = list(proof._probes("eps"))
     outputs = {one: [proof._expected(one, probe, "eps") for probe in probes] for one in some}
@@ -357,11 +359,11 @@ class RMSNormThatFails(Fails):
 
 
 OTHERS = [
-    (MeanSubtractedNorm, "subtracts the mean", False),
+    (MeanSubtractedNorm, None, False),  # a LayerNorm
     (UnbiasedVarianceNorm, "unbiased", False),
     (L2Norm, "L2 norm", False),
     (EpsOutsideNorm, "outside the square root", False),
-    (EpsIsABoundNorm, "bounds the mean square", False),
+    (EpsIsABoundNorm, "clamps the mean square by its epsilon", False),
     (EpsIsBoundedNorm, "no RMS norm", False),
     (EpsIgnoredNorm, "does not depend on its eps", False),
     (NoEpsNorm, "no epsilon", False),
@@ -372,12 +374,12 @@ OTHERS = [
     (FrozenWeightNorm, "gradient", True),
     (OverRowsNorm, "no RMS norm", False),
     (PartOfTheColumnsNorm, "no RMS norm", False),
-    (DroppedNorm, "no RMS norm", False),
+    (DroppedNorm, "draws random numbers", False),
     (NanReplacedNorm, "no RMS norm", False),
     (InPlaceNorm, "changes its input", False),
     (CountingNorm, "changes the module", False),
     (RunningMeanNorm, "changes the module", False),
-    (AdaRMSNorm, "several tensors or submodules", False),
+    (AdaRMSNorm, "more parameters and buffers than a weight: linear1, linear2", False),
     (Fails, None, False),
     (RMSNormThatFails, "fails on a copy on the CPU: NotImplementedError: a kernel for another device", True),
 ]
@@ -452,9 +454,7 @@ def test_epsilon_in_a_configuration():
         def forward(self, x):
             return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
 
-    one, other = (Configured(SimpleNamespace(eps=eps)) for eps in (1e-6, 1e-4))
-    assert recognize(one).norm.eps == 1e-6
-    assert recognize(other).norm.eps == 1e-4
+    assert recognize(Configured(SimpleNamespace(eps=1e-6))).norm.eps == "config.eps"
 
 
 def test_epsilon_of_the_class():
@@ -474,14 +474,14 @@ def test_torchs_module(shape, affine, eps):
     norm = recognize(nn.RMSNorm(shape, eps, affine)).norm
     assert norm.semantics == Semantics(scaled=affine)
     assert norm.dims == (1 if isinstance(shape, int) else len(shape))
-    assert norm.autocasts
+    assert norm.autocast == "rms_norm"
 
 
 @pytest.mark.parametrize("columns", [2, 3, 127, 4096])
 def test_any_number_of_columns(columns):
     module = Rounded()
     module.weight = nn.Parameter(torch.ones(columns))
-    assert recognize(module).norm.semantics == Semantics(x_hat="input")
+    assert recognize(module).norm.semantics == Semantics(x_hat_rounding="input")
 
 
 # --- what is remembered ---
@@ -490,18 +490,19 @@ def test_any_number_of_columns(columns):
 def test_verdicts_are_remembered_by_class_and_attributes(monkeypatch):
     proofs = []
     prove = recognition._prove
-    monkeypatch.setattr(recognition, "_prove", lambda module: proofs.append(module) or prove(module))
+    monkeypatch.setattr(recognition, "_prove", lambda module, found: proofs.append(module) or prove(module, found))
 
     class Remembered(Grouped):
         pass
 
-    first = recognize(Remembered(16))
-    assert recognize(Remembered(16)) is first
+    memory = {}
+    first = recognize(Remembered(16), memory)
+    assert recognize(Remembered(16), memory) is first
     assert len(proofs) == 1
-    assert recognize(Remembered(32)).norm.semantics.group_size == 32
+    assert recognize(Remembered(32), memory).norm.semantics.group_size == 32
     assert len(proofs) == 2
     Remembered.forward = Rounded.forward
-    assert recognize(Remembered(16)).norm.semantics == Semantics(x_hat="input")
+    assert recognize(Remembered(16), memory).norm.semantics == Semantics(x_hat_rounding="input")
     assert len(proofs) == 3
 
 
@@ -520,15 +521,18 @@ def test_attributes_that_have_no_hash():
         def forward(self, x):
             return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
 
-    config = Config(1e-6)
-    first = recognize(Configured(config))
-    assert first.norm.eps == 1e-6
-    assert recognize(Configured(config)) is first
-    assert recognize(Configured(Config(1e-6))) is not first
-    assert recognize(Configured(Config(1e-4))).norm.eps == 1e-4
+    config, memory = Config(1e-6), {}
+    first = recognize(Configured(config), memory)
+    assert first.norm.eps == "config.eps"
+    assert recognize(Configured(config), memory) is first
+    assert recognize(Configured(Config(1e-6)), memory) is not first
 
 
 # --- what is not touched ---
+
+
+def prove(module):
+    return recognition._prove(module, reads(module))
 
 
 def test_the_module_is_only_looked_at():
@@ -542,7 +546,7 @@ def test_the_module_is_only_looked_at():
     before = {name: id(value) for name, value in vars(module).items()}
     weight, version, copies = module.weight, module.weight._version, (module.weight.detach().clone(), module.weight.grad.clone())
     state = torch.get_rng_state()
-    recognition._prove(module)
+    recognition._prove(module, reads(module))
     assert torch.equal(torch.get_rng_state(), state)
     assert not called
     assert {name: id(value) for name, value in vars(module).items()} == before
@@ -555,7 +559,7 @@ def test_the_module_is_only_looked_at():
 
 def test_random_numbers_are_given_back():
     state = torch.get_rng_state()
-    assert recognition._prove(DroppedNorm()).norm is None
+    assert prove(DroppedNorm()).norm is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -566,9 +570,9 @@ def test_random_numbers_are_given_back():
 )
 def test_in_any_mode(mode):
     with mode():
-        verdict = recognition._prove(Rounded())
+        verdict = prove(Rounded())
         grad = torch.is_grad_enabled()
-    assert verdict.norm.semantics == Semantics(x_hat="input")
+    assert verdict.norm.semantics == Semantics(x_hat_rounding="input")
     assert grad == (mode not in (torch.no_grad, torch.inference_mode))
 
 
@@ -576,17 +580,17 @@ def test_under_fake_tensors():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
-        verdict = recognition._prove(Rounded())
-    assert verdict.norm.semantics == Semantics(x_hat="input")
+        verdict = prove(Rounded())
+    assert verdict.norm.semantics == Semantics(x_hat_rounding="input")
 
 
 def test_on_the_meta_device():
-    assert recognition._prove(Rounded().to("meta")).norm.semantics == Semantics(x_hat="input")
+    assert prove(Rounded().to("meta")).norm.semantics == Semantics(x_hat_rounding="input")
 
 
 def test_default_dtype_does_not_matter():
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert recognition._prove(Plain()).norm.semantics == Semantics()
+        assert prove(Plain()).norm.semantics == Semantics()
     finally:
         torch.set_default_dtype(torch.float32)

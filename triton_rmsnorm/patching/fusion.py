@@ -13,8 +13,8 @@ become, if that norm is one that we have replaced,
     hidden_states = y
 
 and the layer gets a subclass of its class with this forward. Between the sum and the norm there may be only other names for the sum, and
-the norm must be the first thing that its statement computes, so nothing changes its place. `add_and_normalize` adds and calls the norm
-as before wherever our kernel for both does not apply.
+the norm must be the first thing that its statement computes, so that everything is computed in the order of the source. Where our kernel
+for both does not apply, `add_and_normalize` adds and calls the norm as before.
 
 A layer is only fused after a `trial` of both forwards.
 """
@@ -24,15 +24,18 @@ import __future__
 import ast
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from triton_rmsnorm.patching.recognition import isolated
-from triton_rmsnorm.patching.replacement import add_and_normalize, derived, is_replacement, part_of
+from triton_rmsnorm.patching.isolation import isolated
+from triton_rmsnorm.patching.reads import reads
+from triton_rmsnorm.patching.recognition import fingerprint
+from triton_rmsnorm.patching.replacement import add_and_normalize, is_replacement
+from triton_rmsnorm.patching.subclass import CannotSubclassError, Mark, derived, proof_of
 from triton_rmsnorm.patching.trial import FailedError, in_words, try_out
 
 _ADD, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_y"
@@ -52,51 +55,83 @@ class _RefusedError(RuntimeError):
     """The reason why a layer is left alone."""
 
 
+# Outcomes of trials, by the class of a layer and everything that its forward reads.
+Memory = dict[Hashable, tuple[Fusion | None, str]]
+
+
 def fused(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
-    """The subclass of `original` that computes sums together with norms; there is one for each pair.
+    """The subclass of `original` that computes sums together with norms.
 
     Raises:
         RuntimeError: the source of original.forward is not there, or has no such sums, as on a machine with another version of it.
+        CannotSubclassError: the class of the original does not allow this.
     """
     # The very name of the original: it is by name that wrapping policies and device maps know layers.
-    cls = derived(original, fusion, fused, original.__name__, _forward, **{_ADD: staticmethod(add_and_normalize)})
-    if _codes(cls.forward)[:-1] != _codes(original.forward)[:-1]:  # what a decorator or __init_subclass__ puts around it
-        raise _RefusedError("something is wrapped around its forward that its source does not show")
-    return cls
+    members = {_ADD: staticmethod(add_and_normalize)}
+    return derived(original, fusion, original.__name__, _forward, fused, lambda layer: True, _wrapped_as_the_original, **members)
 
 
-def fusible(layer: nn.Module) -> tuple[Fusion | None, str]:
+def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:
     """What can be fused in `layer`, or the reason why nothing can; (None, "") if it does not add and normalize.
 
-    The layer itself is only looked at.
+    Args:
+        layer: it is only looked at.
+        memory: outcomes that the caller keeps; those of equal layers are not tried again.
     """
     replaced = {name for name, child in layer._modules.items() if child is not None and _takes_sum(child)}
     if not replaced:
         return None, ""
     try:
-        source = _source(type(layer).forward)
+        source = _source_of(type(layer).forward)
         names = source.norms & replaced
         if not names:
-            return None, "no sum goes straight into a replaced norm" if source.adds else ""
+            return None, source.reason(replaced)
         if _has_any_global_hook():
             return None, "there is a hook for all modules, which would see the trial"
-        with isolated():
-            rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
-            return Fusion(tuple(sorted(try_out(layer, names, rewritten, _ADD)))), ""
-    except (_RefusedError, FailedError) as refused:
+        found = reads(layer, submodules=False)
+        try:
+            key = type(layer), tuple(sorted(names)), fingerprint(layer, found) if found else None, found
+        except TypeError:
+            return _tried(layer, names)
+        return memory.get(key) or memory.setdefault(key, _tried(layer, names))
+    except (_RefusedError, CannotSubclassError) as refused:
         return None, str(refused)
 
 
+def _tried(layer: nn.Module, names: set[str]) -> tuple[Fusion | None, str]:
+    """The outcome of a trial."""
+    rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
+    try:
+        with isolated():
+            return Fusion(tuple(sorted(try_out(layer, names, rewritten, _ADD)))), ""
+    except FailedError as failed:
+        return None, str(failed)
+
+
 def _takes_sum(module: nn.Module) -> bool:
-    return is_replacement(type(module)) and part_of(type(module)).semantics.activation is None
+    return is_replacement(type(module)) and proof_of(type(module)).semantics.activation is None
 
 
-def _forward(original: type[nn.Module], fusion: Fusion) -> Callable:
-    source = _source(original.forward)
-    missing = set(fusion.norms) - source.norms
+def _forward(mark: Mark) -> Callable:
+    source = _source_of(mark.forward)
+    missing = set(mark.proof.norms) - source.norms
     if missing:
-        raise _RefusedError(f"in {original.__qualname__}.forward no sum goes straight into {', '.join(sorted(missing))}")
-    return source.rewritten(fusion.norms)
+        name = mark.original.__qualname__
+        raise _RefusedError(f"in {name}.forward no sum goes straight into {', '.join(sorted(missing))}")
+    return source.rewritten(mark.proof.norms)
+
+
+def _wrapped_as_the_original(cls: type[nn.Module]) -> None:
+    """Makes sure that the same is wrapped around a rewritten forward as around the original's: by decorators, which its source shows, or
+    by `__init_subclass__`, as in GradientCheckpointingLayer, which is called if it is needed for that."""
+    original = _codes(cls.__bases__[0].forward)[:-1]
+    if _codes(cls.forward)[:-1] != original:
+        try:
+            super(cls, cls).__init_subclass__()
+        except Exception as error:  # of any kind: it is others' code
+            raise _RefusedError(f"its class cannot have a subclass: {in_words(error)}") from None
+    if _codes(cls.forward)[:-1] != original:
+        raise _RefusedError("something is wrapped around its forward that its source does not show")
 
 
 @dataclass(frozen=True)
@@ -116,16 +151,23 @@ class _Source:
         self.forward = forward
         self.function = inspect.unwrap(forward)
         if not isinstance(self.function, types.FunctionType):
-            raise _RefusedError("its forward is no Python function")
+            raise _RefusedError("its forward is not a Python function")
         self.code = self.function.__code__
         try:
             self.file = "".join(inspect.findsource(self.function)[0])
         except (OSError, TypeError):
             raise _RefusedError("the source of its forward is not there") from None
         function = self._parsed()[1]
-        self.norms = {site.norm for site in _sites(function)}  # submodules that are called with a sum right after it
+        self.norms = {site.norm for site in _sites(function, _addition)}  # submodules that are called with a sum right after it
+        self.others = {site.norm: type(site.add) for site in _sites(function, _other_addition)}  # with one that is written otherwise
         statements = [statement for block in _blocks(function) for statement in block]
         self.adds = any(name in _names(parts) for name, *parts in filter(None, map(_addition, statements)))
+
+    def reason(self, norms: set[str]) -> str:
+        """Why no sum is fused with these norms; "" if there is none."""
+        for name in sorted(norms & self.others.keys()):
+            return f"the sum before {name} is {_WRITTEN[self.others[name]]}"
+        return "no sum goes straight into a replaced norm" if self.adds else ""
 
     def rewritten(self, norms: tuple[str, ...]) -> Callable:
         """The forward with the sums before these norms fused."""
@@ -136,7 +178,7 @@ class _Source:
         codes = _codes(original)
         if self._compiled(tree) != self.code or codes[:-1] != _codes(self.forward)[-len(codes) : -1]:
             raise _RefusedError("its forward is not what its source says")
-        _Fuse([site for site in _sites(function) if site.norm in norms], function.args).visit(function)
+        _Fuse([site for site in _sites(function, _addition) if site.norm in norms], function.args).visit(function)
         inner = inspect.unwrap(original)
         inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
         inner.__defaults__, inner.__kwdefaults__ = self.function.__defaults__, self.function.__kwdefaults__
@@ -176,7 +218,15 @@ class _Source:
 
 
 _FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-_source = lru_cache(maxsize=256)(_Source)
+
+
+@lru_cache(maxsize=64)
+def _source(forward: Callable, code: types.CodeType | None) -> _Source:
+    return _Source(forward)
+
+
+def _source_of(forward: Callable) -> _Source:
+    return _source(forward, getattr(inspect.unwrap(forward), "__code__", None))
 
 
 def _codes(function: Callable) -> list:
@@ -192,13 +242,18 @@ def _first_line(function: ast.FunctionDef) -> int:
     return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
 
 
-def _sites(function: ast.FunctionDef) -> list[_Site]:
+_Addition = tuple[str, ast.expr, ast.expr]
+
+
+def _sites(function: ast.FunctionDef, addition: Callable[[ast.stmt], _Addition | None]) -> list[_Site]:
+    """Sums, of the kind that `addition` finds, and the norms of them."""
     if not function.args.args:
         return []
     this = function.args.args[0].arg
     if any(isinstance(node, ast.Name) and node.id == this and not isinstance(node.ctx, ast.Load) for node in ast.walk(function)):
         return []
-    found = (_site(block, index, this) for block in _blocks(function) for index in range(len(block)))
+    sums = ((block, index, addition(statement)) for block in _blocks(function) for index, statement in enumerate(block))
+    found = (_site(block, index, this, sum_[0]) for block, index, sum_ in sums if sum_ is not None)
     return [site for site in found if site is not None]
 
 
@@ -214,7 +269,7 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield from _blocks(child)
 
 
-def _addition(statement: ast.stmt) -> tuple[str, ast.expr, ast.expr] | None:
+def _addition(statement: ast.stmt) -> _Addition | None:
     """name, left and right of `name = left + right`."""
     match statement:
         case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp(left, ast.Add(), right)):
@@ -222,16 +277,35 @@ def _addition(statement: ast.stmt) -> tuple[str, ast.expr, ast.expr] | None:
     return None
 
 
+def _other_addition(statement: ast.stmt) -> _Addition | None:
+    """The same of sums that are written in ways that are not rewritten."""
+    match statement:
+        case ast.AugAssign(ast.Name(id=name) as left, ast.Add(), right):
+            return name, left, right
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.BinOp(left, ast.Add(), right)):
+            return name, left, right
+        case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
+            for target, value in zip(names, values, strict=False):
+                match target, value:
+                    case ast.Name(id=name), ast.BinOp(left, ast.Add(), right):
+                        return name, left, right
+    return None
+
+
+_WRITTEN: dict[type, str] = {
+    ast.AugAssign: "written as `x += ...`, which changes a tensor that may have other names",
+    ast.AnnAssign: "an assignment with an annotation",
+    ast.Assign: "one of several values of an assignment",
+}
+
+
 def _names(expressions: list[ast.expr]) -> set[str]:
     return {expression.id for expression in expressions if isinstance(expression, ast.Name)}
 
 
-def _site(block: list[ast.stmt], index: int, this: str) -> _Site | None:
-    """The site whose sum is statement `index` of `block`."""
-    addition = _addition(block[index])
-    if addition is None:
-        return None
-    names = {addition[0]}  # of the sum
+def _site(block: list[ast.stmt], index: int, this: str, name: str) -> _Site | None:
+    """The site whose sum, called `name`, is statement `index` of `block`."""
+    names = {name}
     for statement in block[index + 1 :]:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=value)):
@@ -248,7 +322,7 @@ def _site(block: list[ast.stmt], index: int, this: str) -> _Site | None:
 
 
 def _first(node: ast.expr) -> ast.expr | None:
-    """The first thing that evaluating `node` does beside loading names, attributes and constants."""
+    """The first thing that evaluating `node` does, apart from loading names, attributes and constants."""
     match node:
         case ast.BinOp():
             parts = [node.left, node.right]

@@ -1,59 +1,53 @@
-"""The subclass that takes the place of a proved norm's class, or of a layer's: the original in everything but its forward."""
+"""The subclass that takes the place of a proved norm's class: its forward calls our functions where the proof covers the call."""
 
-import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+import itertools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.patching.reads import INTERNAL, is_plain, reads, same
 from triton_rmsnorm.patching.semantics import Norm
+from triton_rmsnorm.patching.subclass import Mark, assign, derived, own_mark, proof_of
 
 PROVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def replacement(original: type[nn.Module], norm: Norm) -> type[nn.Module]:
-    """The subclass of `original` that computes `norm`; there is one for each pair."""
-    # What reads class names, such as an initialization of weights, finds the original's.
-    return derived(original, norm, replacement, f"Triton{original.__name__}", _forward)
+    """The subclass of `original` that computes `norm`.
 
+    Raises:
+        CannotSubclassError: the class of the original does not allow this.
+    """
 
-def derived(original: type[nn.Module], part: Hashable, derive: Callable, name: str, forward: Callable, **members) -> type[nn.Module]:
-    """The subclass of `original` with forward(original, part), made at the first call; derive(original, part) unpickles instances."""
-    for subclass in original.__subclasses__():
-        if part_of(subclass) == part:
-            return subclass
-    members |= {"forward": forward(original, part), "__reduce_ex__": _reduce_ex, "__doc__": original.__doc__}
-    marks = {"__module__": __name__, "_triton_rmsnorm": part, "_triton_rmsnorm_derive": staticmethod(derive)}
-    metaclass: Any = type(original)
-    return metaclass(name, (original,), members | marks)
+    def holds(module: nn.Module) -> bool:
+        found = reads(module)
+        return found is not None and found.without(norm.eps) == norm.reads
 
-
-def is_derived(cls: type) -> bool:
-    """Whether we made this class, for a norm or for a layer."""
-    return "_triton_rmsnorm" in vars(cls)
+    # Code that reads class names, such as an initialization of weights, finds the original's.
+    name = f"Triton{original.__name__}"
+    return derived(original, norm, name, _forward, replacement, holds, **_watching(original, norm))
 
 
 def is_replacement(cls: type) -> bool:
     """Whether we made this class, for a norm."""
-    return isinstance(part_of(cls), Norm)
-
-
-def part_of(cls: type) -> Any:
-    """What a class that we made was made for; None of others."""
-    return vars(cls).get("_triton_rmsnorm")
+    return isinstance(proof_of(cls), Norm)
 
 
 def add_and_normalize(x: Tensor, residual: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
     """module(x + residual) and x + residual; fused where `module` is a replacement whose call nothing else watches or changes."""
-    norm = type(module).__dict__.get("_triton_rmsnorm")
-    if isinstance(norm, Norm) and not _watched(module) and _alike(x, residual):
+    mark = getattr(type(module), "_triton_rmsnorm", None)
+    if mark is not None and type(module) is mark.cls and _alike(x, residual) and not _watched(module):
+        norm = mark.proof
         weight = None if norm.weight is None else getattr(module, norm.weight)
-        if _proved(norm, x, weight, None) and not (norm.autocasts and _autocast(x)):
+        if _in_force(mark, module) and _covers(module, norm, x, weight, None) and _autocast(norm, x) != "rms_norm":
             return _compute(module, norm, x, weight, None, residual)
     total = x + residual
     return module(total), total
@@ -65,76 +59,168 @@ def _watched(module: nn.Module) -> bool:
     return any(len(one) > 0 for one in hooks) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
-def _alike(x, residual) -> bool:
-    """Whether the sum is of this dtype and shape as well."""
+def _alike(x: Any, residual: Any) -> bool:
+    """Whether the sum has this dtype, shape and layout as well."""
     if not isinstance(x, Tensor) or not isinstance(residual, Tensor):
         return False
-    return x.dtype == residual.dtype and x.shape == residual.shape and x.device == residual.device
+    alike = x.dtype == residual.dtype and x.shape == residual.shape and x.device == residual.device
+    return alike and _row_major(x) and _row_major(residual)
 
 
-def _forward(original: type[nn.Module], norm: Norm) -> Callable:
+def _forward(mark: Mark) -> Callable:
     """forward of the replacement, with the signature of the original's, which still runs in cases for which nothing is proved."""
-    run_original = original.forward
-    first, *rest = list(inspect.signature(run_original).parameters)[1:]
+    original, norm = mark.original, mark.proof
+    first, *rest = list(inspect.signature(mark.forward).parameters)[1:]
     gated = norm.semantics.activation is not None
 
-    def call(self, x, others, named):
+    def call(self: nn.Module, x: Any, others: tuple, named: dict) -> Any:
         gate = None
         if gated:
             gate = others[0] if others else named.get(rest[0])
-        weight = None if norm.weight is None else getattr(self, norm.weight)
-        if len(others) + len(named) != gated or not _proved(norm, x, weight, gate):
-            return run_original(self, x, *others, **named)
-        return _compute(self, norm, x, weight, gate)
+        if len(others) + len(named) == gated and _in_force(mark, self):
+            weight = None if norm.weight is None else getattr(self, norm.weight)
+            if _covers(self, norm, x, weight, gate):
+                return _compute(self, norm, x, weight, gate)
+        return original.forward(self, x, *others, **named)
 
-    def forward(self, x, *others, **named):
-        return call(self, x, others, named)
+    def forward(self, _x, *_others, **_named):  # type: ignore[no-untyped-def]
+        return call(self, _x, _others, _named)
 
-    # The first argument keeps its name, by which callers may pass it.
-    forward.__code__ = forward.__code__.replace(co_varnames=("self", first, "others", "named"))
-    return functools.wraps(run_original)(forward)
+    # The first argument keeps its name, by which callers may pass it. The globals are the original's, where torch.jit.script looks for
+    # the names in the original's source.
+    code = forward.__code__.replace(co_varnames=("self", first, "_others", "_named"))
+    space = getattr(mark.forward, "__globals__", globals())
+    return functools.wraps(mark.forward)(types.FunctionType(code, space, "forward", None, forward.__closure__))
 
 
-def _proved(norm: Norm, x, weight: Tensor | None, gate: Tensor | None) -> bool:
-    """Whether the proof covers these tensors."""
-    if not isinstance(x, Tensor) or x.dtype not in PROVED_DTYPES or x.dim() < norm.dims:
+def _in_force(mark: Mark, module: nn.Module) -> bool:
+    """Whether the module still has the class, and nothing has changed that can be noticed at a call; the rest: `_watching`."""
+    cls = type(module)
+    if cls is not mark.cls and mark.cls not in cls.__mro__:  # something has kept our forward beyond unpatch
         return False
-    if norm.weight is not None and (weight is None or weight.shape != x.shape[-norm.dims :] or weight.dtype not in PROVED_DTYPES):
+    values = mark.proof.reads.values
+    return mark.original.forward is mark.forward and (not values or mark.proof.reads.hold(module))
+
+
+def _covers(module: nn.Module, norm: Norm, x: Any, weight: Tensor | None, gate: Any) -> bool:
+    """Whether the proof covers a call with these tensors."""
+    if not isinstance(x, Tensor) or x.dtype not in PROVED_DTYPES or x.dim() < norm.dims or x.layout is not torch.strided:
         return False
-    if norm.semantics.activation is not None and (gate is None or gate.shape != x.shape or gate.dtype not in PROVED_DTYPES):
+    shape = x.shape[x.dim() - norm.dims :]
+    if norm.shape is not None and shape != norm.shape:
         return False
-    return norm.semantics.group_size is None or x.shape[-1] % norm.semantics.group_size == 0
+    if norm.weight is not None and (weight is None or weight.dtype not in PROVED_DTYPES or not _fits(weight, shape, x.dim())):
+        return False
+    if norm.semantics.activation is not None:
+        if not isinstance(gate, Tensor) or gate.shape != x.shape or gate.dtype not in PROVED_DTYPES:
+            return False
+        if not (_row_major(x) and _row_major(gate)):
+            return False
+    if norm.semantics.group_size is not None and x.shape[-1] % norm.semantics.group_size != 0:
+        return False
+    if norm.strides is None and not x.is_contiguous():
+        return False
+    if torch._C._get_tracing_state() is not None or _autocast(norm, x) == "other":
+        return False
+    return not (isinstance(norm.eps, str) and torch.compiler.is_compiling() and isinstance(_epsilon(module, norm), Tensor))
 
 
-def _autocast(x: Tensor) -> bool:
-    return x.is_cuda and torch.is_autocast_enabled("cuda")
+def _fits(weight: Tensor, shape: torch.Size, dims: int) -> bool:
+    """Whether a weight is one of rows of this shape, for input of so many dimensions; it may have leading dimensions of size 1."""
+    if weight.shape == shape:
+        return True
+    extra = weight.dim() - len(shape)
+    return 0 < extra <= dims - len(shape) and weight.shape == (1,) * extra + shape
 
 
-def _compute(module: nn.Module, norm: Norm, x: Tensor, weight: Tensor | None, gate: Tensor | None, residual: Tensor | None = None):
+def _row_major(x: Tensor) -> bool:
+    """Whether elementwise operations on x give a contiguous tensor."""
+    if x.is_contiguous():
+        return True
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
+    return all(one >= other for one, other in itertools.pairwise(strides))
+
+
+def _autocast(norm: Norm, x: Tensor) -> str:
+    """What autocast makes of the norm on the device of x, as in Norm.autocast; "" without autocast."""
+    if not torch._C._is_any_autocast_enabled():
+        return ""
+    return norm.autocast if torch.is_autocast_enabled(x.device.type) else ""
+
+
+def _compute(
+    module: nn.Module, norm: Norm, x: Tensor, weight: Tensor | None, gate: Tensor | None, residual: Tensor | None = None
+) -> Any:
     """y; with a residual y and the sum."""
-    if _autocast(x) and not norm.autocasts:
-        with torch.autocast("cuda", enabled=False):
+    if _autocast(norm, x) == "unaffected":
+        with torch.autocast(x.device.type, enabled=False):
             return _compute(module, norm, x, weight, gate, residual)
-    eps = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
-    knobs = norm.semantics.knobs(x.dtype, None if weight is None else weight.dtype)
-    shape, factor = x.shape[-norm.dims :], norm.semantics.factor(weight)
+    shape = x.shape[x.dim() - norm.dims :]
+    options = norm.semantics.options(x.dtype, None if weight is None else weight.dtype)
+    factor = norm.semantics.factor(weight if weight is None or weight.shape == shape else weight.reshape(shape))
+    eps = _epsilon(module, norm)
+    if isinstance(eps, Tensor):
+        eps = _value(eps)
     if residual is not None:
-        return add_rms_norm(x, residual, shape, factor, eps, **knobs)
+        return add_rms_norm(x, residual, shape, factor, eps, **options)
     if gate is not None:
-        return rms_norm_gated(x, gate, shape, factor, eps, **knobs)
-    return rms_norm(x, shape, factor, eps, **knobs)
+        return rms_norm_gated(x, gate, shape, factor, eps, **options)
+    if norm.strides == "rms_norm" or x.is_contiguous():
+        return rms_norm(x, shape, factor, eps, **options)
+    if norm.strides == "contiguous":
+        return rms_norm(x, shape, factor, eps, **options).contiguous()
+    # The output has the dimensions in the same order in memory as x.
+    strides = torch.empty_like(x, device="meta").stride()
+    order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
+    inverse = sorted(range(x.dim()), key=lambda dim: order[dim])
+    if order[-norm.dims :] == list(range(x.dim()))[-norm.dims :]:
+        return rms_norm(x.permute(order), shape, factor, eps, **options).permute(inverse)
+    return rms_norm(x, shape, factor, eps, **options).permute(order).contiguous().permute(inverse)
 
 
-def _reduce_ex(self, protocol):
-    """Pickled and copied as the original's class and what is proved of it, from which any process makes this class again."""
-    cls: Any = type(self)
-    base = next(base for base in cls.__mro__ if is_derived(base))
-    function, args, *rest = super(base, self).__reduce_ex__(max(protocol, 2))
-    if base is cls and function is copyreg.__newobj__:  # type: ignore[attr-defined]
-        return _new, (cls._triton_rmsnorm_derive, cls.__bases__[0], cls._triton_rmsnorm), *rest
-    return function, args, *rest
+def _epsilon(module: nn.Module, norm: Norm) -> Any:
+    if not isinstance(norm.eps, str):
+        return norm.eps
+    value: Any = module
+    for name in norm.eps.split("."):
+        value = getattr(value, name)
+    return value
 
 
-def _new(derive: Callable, original: type[nn.Module], part: Hashable) -> nn.Module:
-    cls = derive(original, part)
-    return cls.__new__(cls)
+_VALUES = WeakTensorKeyDictionary()
+
+
+def _value(eps: Tensor) -> float:
+    """The number in a tensor, which is fetched from a device once, until the tensor changes."""
+    if eps.is_inference():
+        return eps.item()
+    version, value = _VALUES.get(eps, (None, 0.0))
+    if version != eps._version:
+        _VALUES[eps] = version, value = eps._version, eps.item()
+    return value
+
+
+def _watching(original: type[nn.Module], norm: Norm) -> dict[str, Callable]:
+    """Methods that set attributes, after which the original's forward runs if it may read what has been set.
+
+    Its weight and its epsilon are looked up at each call, and both training and evaluation are proved.
+    """
+    followed = {"training", "__class__", norm.weight, norm.eps}
+    methods = ("__setattr__", "__delattr__", "register_buffer", "register_parameter", "add_module")
+    return {name: _noticed(getattr(original, name), norm, followed) for name in methods}
+
+
+def _noticed(method: Callable, norm: Norm, followed: set) -> Callable:
+    @functools.wraps(method)
+    def noticing(self: nn.Module, name: str, *args: Any, **named: Any) -> None:
+        relevant = name not in followed and norm.reads.reads(name) and (name in norm.reads.names or name not in INTERNAL)
+        before = vars(self).get(name) if relevant else None
+        method(self, name, *args, **named)
+        if relevant and not (is_plain(before) and name in vars(self) and same(before, vars(self)[name])):
+            cls, mark = own_mark(self)
+            if type(self) is cls:
+                assign(self, mark.original)
+            else:  # something has derived a class of ours
+                vars(self)["forward"] = functools.partial(mark.original.forward, self)
+
+    return noticing

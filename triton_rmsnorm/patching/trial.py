@@ -1,9 +1,9 @@
 """Whether another forward of a layer computes what its own does: a trial of both on random input, outputs and gradients.
 
-The layer in the trial has its own class, attributes, norms (its own forward their own classes, too) and parameters, the latter drawn
-anew, on the CPU. Its other submodules are
-stood in for by random functions of all tensors that they are given. Both forwards call them alike, so nothing that tells the two apart
-is lost, and the trial needs neither room for their weights nor arguments that only they understand.
+The layer in the trial has its own class, attributes, norms and parameters, the latter drawn anew, on the CPU. Its other submodules are
+replaced by random functions of all tensors that they are given. Both forwards call them alike, so nothing that tells the two apart is
+lost, and the trial needs neither room for their weights nor arguments that only they understand. The sums and norms of both are computed
+one after another in torch: the trial is of the rewritten source, not of the kernels.
 """
 
 import dis
@@ -11,33 +11,36 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from triton_rmsnorm.patching.replacement import add_and_normalize, part_of
+from triton_rmsnorm.patching.isolation import Draws, bare_copy
+from triton_rmsnorm.patching.proof import EPS_OF_TENSORS, FEW_COLUMNS, is_epsilon
+from triton_rmsnorm.patching.subclass import original_of, proof_of
 
 # Largest difference of an output or gradient, relative to its largest element: sums in other orders, in float32.
 TOLERANCE = 1e-4
-# A layer with more elements of its own, beside its submodules, is not tried.
+# A layer with more elements in its own parameters and buffers, without its submodules', is not tried.
 LARGEST_OWN = 2**24
 
 
 class FailedError(Exception):
-    """The outcome of a trial that does not show that both are the same."""
+    """A trial does not show that both forwards are the same."""
 
 
 class _Output(Tensor):
-    """A tensor that is also a tuple of as many tensors as are asked for. What is computed of it is a plain tensor."""
+    """A tensor that is also a tuple of as many tensors as are asked for. What is computed from it is a plain tensor."""
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Tensor:
         return torch.sin((2 + index) * self.as_subclass(Tensor)) if type(index) is int else self.as_subclass(Tensor)[index]
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         frame = sys._getframe(1)
         for instruction in dis.get_instructions(frame.f_code):
             if instruction.offset == frame.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
@@ -46,7 +49,7 @@ class _Output(Tensor):
 
 
 def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) -> set[str]:
-    """The norms among `names` that the trial went through, sum and all.
+    """The norms among `names` that the trial went through, sum and all. It is first tried with few columns, which may not fit.
 
     Args:
         layer: it is only looked at.
@@ -55,15 +58,21 @@ def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) ->
         add: what that calls for a sum and a norm, an attribute of self.
 
     Raises:
-        FailedError: forward does not run, the two differ, or none of the norms is met.
+        FailedError: forward does not run, the two differ, or none of the norms is reached.
     """
-    trial = _Trial(layer, names)
-    norms = {name: trial.layer._modules[name] for name in names}
-    replacements = {name: type(norm) for name, norm in norms.items()}
-    name_of = {id(norm): name for name, norm in norms.items()}
+    shape = _normalized(layer.get_submodule(min(names)))
+    if len(shape) == 1 and shape[0] > FEW_COLUMNS:
+        with suppress(FailedError):
+            return _try_out(_Trial(layer, names, shape, (FEW_COLUMNS,)), names, rewritten, add)
+    return _try_out(_Trial(layer, names, shape, shape), names, rewritten, add)
+
+
+def _try_out(trial: "_Trial", names: set[str], rewritten: Callable, add: str) -> set[str]:
+    original = inspect.unwrap(type(trial.layer).forward)
+    name_of = {id(trial.layer._modules[name]): name for name in names}
     seen: set[str] = set()
 
-    def see(x, residual, norm):
+    def see(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         seen.add(name_of[id(norm)])
         return add_and_normalize(x, residual, norm)
 
@@ -74,15 +83,11 @@ def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) ->
             break
         trial.layer.training = training
         arguments = trial.arguments(filled)
-        for name, cls in replacements.items():
-            norms[name].__class__ = cls.__bases__[0]
         try:
-            expected = trial.run(inspect.unwrap(type(layer).forward), arguments)
+            expected = trial.run(original, arguments)
         except Exception as error:  # of any kind: it is the layer's own code, on input that it may not be made for
             failure = failure or f"its forward does not run on a trial: {in_words(error)}"
             continue
-        for name, cls in replacements.items():
-            norms[name].__class__ = cls
         try:
             actual = trial.run(inspect.unwrap(rewritten), arguments)
         except Exception as error:
@@ -90,22 +95,38 @@ def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) ->
         if not _agree(actual, expected):
             raise FailedError("rewritten, its forward computes something else on a trial")
     if not seen:
-        raise FailedError(failure or "a trial does not come by its sums")
+        raise FailedError(failure or "the residual add was never reached when the layer was run on test input")
     return seen
 
 
-class _Trial:
-    """A layer made small, and its input."""
+def add_and_normalize(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What the rewritten forward calls, without our kernels."""
+    total = x + residual
+    return norm(total), total
 
-    def __init__(self, layer: nn.Module, names: set[str]):
+
+class _Trial:
+    """A layer made small, and its input.
+
+    Args:
+        layer: it is only looked at.
+        names: of its fused norms.
+        shape: what these normalize, which is also the size of everything else in its forward.
+        drawn: the shape that takes the place of this.
+    """
+
+    def __init__(self, layer: nn.Module, names: set[str], shape: tuple[int, ...], drawn: tuple[int, ...]):
         own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+        if any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in own):
+            raise FailedError("its own parameters are not initialized yet")
         if sum(t.numel() for t in own) > LARGEST_OWN:
             raise FailedError("its own parameters are too large for a trial")
         self.generator = torch.Generator().manual_seed(0)
         self.leaves: list[Tensor] = []  # whose gradients are compared
         self.stand_ins: dict[int, nn.Module] = {}
         self.rows = (1, 2)
-        self.shape = _normalized(layer.get_submodule(min(names)))
+        self.shape = drawn
+        self.sizes = dict(zip(shape, drawn, strict=True))
         self.layer = self._drawn(layer)
         for name, child in layer._modules.items():
             if child is None:
@@ -115,12 +136,12 @@ class _Trial:
 
     def run(self, forward: Callable, arguments: dict) -> tuple[list[Tensor], list[Tensor | None]]:
         """Outputs and gradients."""
-        torch.manual_seed(0)
         arguments = {name: value.as_subclass(_Output) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        leaves = tree_leaves(forward(self.layer, **arguments))
+        with Draws(torch.Generator().manual_seed(0)):
+            leaves = tree_leaves(forward(self.layer, **arguments))
         outputs = [leaf.as_subclass(Tensor) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         generator = torch.Generator().manual_seed(1)
-        terms = [(torch.randn(y.shape, generator=generator) * y).sum() for y in outputs if y.requires_grad]
+        terms = [(torch.randn(y.shape, generator=generator, dtype=y.dtype) * y).sum() for y in outputs if y.requires_grad]
         loss = torch.stack(terms).sum()
         return outputs, list(torch.autograd.grad(loss, self.leaves, allow_unused=True))
 
@@ -133,50 +154,50 @@ class _Trial:
         return {name: self._leaf(*self.rows, *self.shape) for name in wanted}
 
     def _leaf(self, *shape: int) -> Tensor:
-        leaf = torch.randn(shape, generator=self.generator).requires_grad_()
+        leaf = self._randn(*shape).requires_grad_()
         self.leaves.append(leaf)
         return leaf
 
     def _parameter(self, *shape: int) -> nn.Parameter:
-        parameter = nn.Parameter(1 + 0.3 * torch.randn(shape, generator=self.generator))
+        parameter = nn.Parameter(1 + 0.3 * self._randn(*shape))
         self.leaves.append(parameter)
         return parameter
 
-    def _bare(self, module: nn.Module) -> nn.Module:
-        """A module of the same class and attributes, without hooks, tensors or submodules. No constructor runs."""
-        bare = object.__new__(type(module))
-        empty = vars(nn.Module())
-        attributes = {name: value for name, value in vars(module).items() if name not in empty}
-        copied = {name: value.copy() if isinstance(value, (list, dict, set)) else value for name, value in attributes.items()}
-        vars(bare).update(empty | copied)
-        return bare
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32)
 
     def _drawn(self, module: nn.Module) -> nn.Module:
-        """Bare, with random values for its own tensors; integers are zeros."""
-        bare = self._bare(module)
+        """Of its class before it was patched, with random values for its own tensors; integers are zeros."""
+        bare = bare_copy(module, original_of(type(module)))
         for name, parameter in module._parameters.items():
-            bare._parameters[name] = None if parameter is None else self._parameter(*parameter.shape)
+            bare._parameters[name] = None if parameter is None else self._parameter(*self._small(parameter))
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                drawn = torch.randn(buffer.shape, generator=self.generator) if buffer.is_floating_point() else torch.zeros(buffer.shape)
-                buffer = drawn if buffer.is_floating_point() else drawn.to(buffer.dtype)
-            bare._buffers[name] = buffer
+            bare._buffers[name] = None if buffer is None else self._buffer(name, buffer)
         return bare
+
+    def _buffer(self, name: str, buffer: Tensor) -> Tensor:
+        if is_epsilon(name, buffer):
+            return torch.full(buffer.shape, EPS_OF_TENSORS, dtype=torch.float32)
+        shape = self._small(buffer)
+        return self._randn(*shape) if buffer.is_floating_point() else torch.zeros(shape, dtype=buffer.dtype)
+
+    def _small(self, tensor: Tensor) -> list[int]:
+        return [self.sizes.get(size, size) for size in tensor.shape]
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
         """Any other module: of its class and attributes, it computes a random function of the tensors that it is given."""
         if id(module) in self.stand_ins:
             return self.stand_ins[id(module)]
-        bare = self.stand_ins[id(module)] = self._bare(module)
+        bare = self.stand_ins[id(module)] = bare_copy(module)
         pairs: list[tuple[dict, dict]] = [(bare._parameters, module._parameters), (bare._buffers, module._buffers)]
         for own, others in pairs:
-            own.update({name: None if other is None else torch.empty_like(other, device="meta") for name, other in others.items()})
+            own.update({name: _meta(tensor) for name, tensor in others.items()})
         bare._modules.update({name: None if child is None else self._stand_in(child) for name, child in module._modules.items()})
         scale = self._parameter()
 
-        def forward(*args, **named):
+        def forward(*args: Any, **named: Any) -> Tensor:
             tensors = [t for t in tree_leaves((args, named)) if isinstance(t, Tensor) and t.is_floating_point()]
-            total = torch.ones(*self.rows, *self.shape)
+            total = torch.ones(*self.rows, *self.shape, dtype=torch.float32)
             for number, tensor in enumerate(tensors, 1):
                 plain = tensor.as_subclass(Tensor)
                 total = total + (plain if plain.shape == total.shape else plain.mean()) / number
@@ -186,10 +207,19 @@ class _Trial:
         return bare
 
 
+def _meta(tensor: Tensor | None) -> Tensor | None:
+    """What can be asked of a stand-in's tensor; None if it cannot be read, such as an uninitialized one."""
+    if tensor is None or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        return None
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 def _normalized(norm: nn.Module) -> tuple[int, ...]:
-    """The shape that a replaced norm normalizes; any if it has no weight."""
-    weight = part_of(type(norm)).weight
-    return (64,) if weight is None else tuple(getattr(norm, weight).shape)
+    """The shape that a replaced norm normalizes; any if it takes any."""
+    proof = proof_of(type(norm))
+    if proof.weight is not None:
+        return tuple(getattr(norm, proof.weight).shape[-proof.dims :])
+    return proof.shape or (64,)
 
 
 def _agree(actual: tuple[list, list], expected: tuple[list, list]) -> bool:
@@ -207,5 +237,6 @@ def _agree(actual: tuple[list, list], expected: tuple[list, list]) -> bool:
     return True
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
+    """The type and the message of an error, on one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

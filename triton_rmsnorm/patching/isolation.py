@@ -1,0 +1,89 @@
+"""Runs other people's forwards on copies of their modules without a trace: outside of all modes and of global random generators."""
+
+import copy
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from triton_rmsnorm.patching.reads import INTERNAL
+
+
+class DrawsError(RuntimeError):
+    """A forward draws random numbers in a way that cannot be repeated."""
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """On the CPU, with gradients, without warnings, autocast, compilation and the caller's modes."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(_python_random_kept())
+        if "torch._dynamo" in sys.modules:  # a forward that is decorated with torch.compile fills no cache
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.jit.optimized_execution(False))
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch._C._DisableAutocast())
+        yield
+
+
+class Draws(TorchDispatchMode):
+    """Random numbers that torch draws come from `generator`; without one they raise DrawsError. No other generator changes."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler for this class
+
+    def __init__(self, generator: torch.Generator | None = None):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or isinstance(kwargs.get("generator"), torch.Generator):
+            return func(*args, **kwargs)
+        if self.generator is None:
+            raise DrawsError("it draws random numbers")
+        if not _takes_generator(func):
+            func = getattr(func.overloadpacket, "generator", None)
+            if func is None or not _takes_generator(func):
+                raise DrawsError("it draws random numbers in a way that cannot be repeated")
+        return func(*args, **(kwargs | {"generator": self.generator}))
+
+
+def _takes_generator(func: Any) -> bool:
+    return any(argument.name == "generator" for argument in func._schema.arguments)
+
+
+@contextmanager
+def _python_random_kept() -> Iterator[None]:
+    """Puts the generators of Python and NumPy back if they were used."""
+    numpy = sys.modules.get("numpy")
+    state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        if random.getstate() != state:
+            random.setstate(state)
+        if numpy and not all(map(numpy.array_equal, numpy.random.get_state(), numpy_state)):
+            numpy.random.set_state(numpy_state)
+
+
+def bare_copy(module: nn.Module, cls: type[nn.Module] | None = None) -> nn.Module:
+    """A module of the same class, or of `cls`, and the same attributes, without hooks, tensors or submodules. No constructor runs."""
+    bare = object.__new__(cls or type(module))
+    attributes = {name: value for name, value in vars(module).items() if name not in INTERNAL}
+    copied = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value for name, value in attributes.items()}
+    vars(bare).update(vars(nn.Module()) | copied)
+    return bare

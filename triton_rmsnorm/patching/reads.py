@@ -1,0 +1,275 @@
+"""What a forward reads besides its input: attributes of its module, and everything else that can change what it computes.
+
+A proof of what a module computes holds as long as nothing has changed that its forward reads. What that may be is found without running
+anything: the code of the forward and of the Python functions that it can reach names attributes, globals, and attributes of objects and
+classes. Names are matched wherever they could apply, so more may be found than is read, but not less, as far as code is Python and does
+not compute names. The code of torch, NumPy and Python's own library is not followed.
+"""
+
+import enum
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Hashable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_rmsnorm.patching.subclass import is_derived
+
+# Packages whose functions do not change what they compute.
+_TRUSTED = sys.stdlib_module_names | {"numpy", "torch", "triton", "triton_rmsnorm"}
+# Code with one of these names may read any attribute.
+_REFLECTION = {"__dict__", "__getattribute__", "attrgetter", "eval", "exec", "getattr", "globals", "locals", "vars"}
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
+# Methods that run wherever an attribute is read.
+_HOOKS = {"__getattr__", "__getattribute__"}
+# Larger containers, longer paths and more functions are not followed.
+_LARGEST_CONTAINER, _LONGEST_PATH, _MOST_FUNCTIONS = 32, 4, 256
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a forward may read.
+
+    Args:
+        names: of attributes of the module.
+        every: whether it may read any attribute, because its code looks attributes up by computed names.
+        values: plain values that are not attributes of the module itself, such as flags of its class, fields of its configuration and
+            globals: the Python module or "" for the nn.Module, the path of attributes, and the value at the time of the proof.
+        code: a digest of the code that was followed, and of constants that it is bound to.
+        autocast: whether the code mentions autocast.
+    """
+
+    names: frozenset[str] = frozenset()
+    every: bool = False
+    values: tuple[tuple[str, tuple[str, ...], Hashable], ...] = ()
+    code: str = ""
+    autocast: bool = False
+
+    def reads(self, name: str) -> bool:
+        """Whether the forward may read this attribute of the module."""
+        return self.every or name in self.names
+
+    def without(self, attribute: str | float) -> "Reads":
+        """All but the value of an attribute, given by its path with dots, that is looked up at each call."""
+        if not isinstance(attribute, str):
+            return self
+        path = tuple(attribute.split("."))
+        return replace(self, values=tuple(value for value in self.values if value[:2] != ("", path)))
+
+    def hold(self, module: nn.Module) -> bool:
+        """Whether `values` are what they were."""
+        return all(same(frozen(_at(module, root, path)), value) for root, path, value in self.values)
+
+
+def reads(module: nn.Module, submodules: bool = True) -> Reads | None:
+    """What the forward of `module` may read; None if there is no Python code in it that could be followed.
+
+    Args:
+        module: it is only looked at.
+        submodules: follow the forwards of its submodules, too.
+    """
+    walk = _Walk(module, submodules)
+    walk.run()
+    if not walk.functions:
+        return None
+    autocast = any("autocast" in name or name in ("custom_fwd", "custom_bwd") for name in walk.names)
+    values = tuple((root, path, value) for (root, path), value in sorted(walk.values.items(), key=lambda item: item[0]))
+    return Reads(frozenset(walk.names), bool(walk.names & _REFLECTION), values, walk.digest.hexdigest(), autocast)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value cannot change: numbers, strings, dtypes and the like."""
+    return isinstance(value, _PLAIN)
+
+
+def frozen(value: Any) -> Hashable:
+    """A value that stays as it is when `value` changes: of containers the contents, of other objects their type."""
+    if is_plain(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value).__qualname__, tuple(map(frozen, value))
+    if isinstance(value, dict):
+        return type(value).__qualname__, tuple((frozen(key), frozen(one)) for key, one in value.items())
+    if isinstance(value, (set, frozenset)):
+        return type(value).__qualname__, frozenset(map(frozen, value))
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def same(value: Any, other: Any) -> bool:
+    """Whether two plain values are equal and of one type."""
+    return value is other or (type(value) is type(other) and value == other)
+
+
+def _at(module: nn.Module, root: str, path: tuple[str, ...]) -> Any:
+    """What a path leads to by now."""
+    value: Any = sys.modules.get(root) if root else module
+    for name in path:
+        value = getattr(value, name, _MISSING)
+    return value
+
+
+class _Walk:
+    """Follows code and names until nothing new is found."""
+
+    def __init__(self, module: nn.Module, submodules: bool):
+        self.module, self.submodules = module, submodules
+        self.names: set[str] = {name for name in _HOOKS if _method(type(module), name)}
+        self.functions: dict[int, types.FunctionType] = {}
+        self.values: dict[tuple[str, tuple[str, ...]], Hashable] = {}
+        self.digest = hashlib.sha256()
+        self.holders: dict[int, tuple[str | None, tuple[str, ...], Any]] = {id(module): ("", (), module)}
+
+    def run(self) -> None:
+        self.visit(None, (), _method(type(self.module), "forward"), own=True)
+        found: tuple = ()
+        while found != (found := (len(self.names), len(self.functions), len(self.holders))):
+            # That a module trains or not does not make it another one.
+            names = sorted(name for name in self.names - {"training"} if not name.startswith("__") or name in _HOOKS)
+            for root, path, holder in list(self.holders.values()):
+                other = isinstance(holder, nn.Module) and holder is not self.module
+                for name in names:
+                    if name != "forward" or self.submodules or not other:
+                        for value in _held(holder, name):
+                            self.visit(root, (*path, name), value, own=holder is self.module)
+
+    def visit(self, root: str | None, path: tuple[str, ...], value: Any, own: bool = False) -> None:
+        """Notes a value, or what can be reached from it.
+
+        Args:
+            root, path: where it is, as in Reads.values; None where no path leads to it.
+            own: it is in a class of the module, so it is followed even if it is torch's.
+        """
+        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            value = value.__func__
+        if isinstance(value, types.FunctionType):
+            self.follow(value, own)
+        elif isinstance(value, property):
+            self.visit(None, (), value.fget, own)
+        elif isinstance(value, (functools.partial, functools.partialmethod)):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self.visit(None, (), part, own)
+        elif isinstance(value, functools.cached_property):
+            self.visit(None, (), value.func, own)
+        elif is_plain(value):
+            self.note(root, path, value)
+        elif isinstance(value, (dict, list, tuple, set, frozenset)):
+            if len(value) <= _LARGEST_CONTAINER:
+                self.note(root, path, frozen(value), changes=not isinstance(value, (tuple, frozenset)))
+                for part in value.values() if isinstance(value, dict) else value:
+                    if not is_plain(part):
+                        self.visit(None, (), part)
+        elif not isinstance(value, Tensor):
+            self.hold(root, path, value)
+
+    def note(self, root: str | None, path: tuple[str, ...], value: Hashable, changes: bool = False) -> None:
+        """Plain attributes of the module itself are left out: that they are set is noticed (see replacement.py)."""
+        if root is None:
+            self.digest.update(repr(value).encode())
+        elif root or len(path) > 1 or changes or path[0] not in vars(self.module):
+            self.values[root, path] = value
+
+    def without(self, attribute: str | float) -> "Reads":
+        """All but the value of an attribute, given by its path with dots, that is looked up at each call."""
+        if not isinstance(attribute, str):
+            return self
+        path = tuple(attribute.split("."))
+        return replace(self, values=tuple(value for value in self.values if value[:2] != ("", path)))
+
+    def hold(self, root: str | None, path: tuple[str, ...], value: Any) -> None:
+        """Follows attributes of an object, a class or a Python module."""
+        if id(value) in self.holders or len(path) > _LONGEST_PATH:
+            return
+        if isinstance(value, types.ModuleType):
+            if not _trusted(value.__name__) and sys.modules.get(value.__name__) is value:
+                self.holders[id(value)] = value.__name__, (), value
+        elif isinstance(value, type):
+            if not _trusted(value.__module__):
+                self.holders[id(value)] = root, path, value
+        elif isinstance(value, nn.Module):
+            self.holders[id(value)] = root, path, value
+            if self.submodules:
+                self.visit(None, (), _method(type(value), "forward"))
+            if self.submodules and _trusted(type(value).__module__):
+                for name, attribute in vars(value).items():
+                    if name not in INTERNAL and is_plain(attribute):
+                        self.note(root, (*path, name), attribute)
+        elif hasattr(value, "__dict__"):
+            self.holders[id(value)] = root, path, value
+            if not _trusted(type(value).__module__):
+                self.visit(None, (), _method(type(value), "__call__"))
+
+    def follow(self, function: types.FunctionType, own: bool) -> None:
+        """Takes the names and globals of a function, and what it is bound to."""
+        if id(function) in self.functions or len(self.functions) >= _MOST_FUNCTIONS:
+            return
+        self.functions[id(function)] = function
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                self.visit(None, (), cell.cell_contents, own)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.visit(None, (), value)
+        if _trusted(function.__module__) and not own:
+            return
+        names = set(_digested(function.__code__, self.digest))
+        self.names |= names
+        space = function.__globals__
+        root = space.get("__name__", "")
+        known = vars(sys.modules[root]) is space if root in sys.modules else False
+        for name in sorted(names & space.keys()):
+            self.visit(root if known else None, (name,), space[name])
+
+
+# Attributes that every nn.Module has. What is proved is the forward of its class, not what something put into the instance.
+INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+
+
+def _trusted(name: str | None) -> bool:
+    return (name or "").partition(".")[0] in _TRUSTED
+
+
+def _bases(cls: type) -> list[type]:
+    """Classes that a class inherits from, without those that we made or that all have."""
+    return [base for base in cls.__mro__ if base not in (nn.Module, object) and not is_derived(base)]
+
+
+def _method(cls: type, name: str) -> Any:
+    return next((vars(base)[name] for base in _bases(cls) if name in vars(base)), None)
+
+
+def _held(holder: Any, name: str) -> Iterator[Any]:
+    """What `holder` has of that name, without running code of its class."""
+    if isinstance(holder, (type, types.ModuleType)):
+        spaces = [vars(base) for base in _bases(holder)] if isinstance(holder, type) else [vars(holder)]
+    else:
+        attributes = getattr(holder, "__dict__", {})
+        if isinstance(holder, nn.Module):
+            attributes = {key: value for key, value in attributes.items() if key != "forward"}
+        trusted = _trusted(type(holder).__module__) and not isinstance(holder, nn.Module)
+        bases = [] if trusted else _bases(type(holder))
+        spaces = [attributes, attributes.get("_modules", {}) if isinstance(holder, nn.Module) else {}, *map(vars, bases)]
+    for space in spaces:
+        if name in space:
+            yield space[name]
+            if not isinstance(space[name], (types.FunctionType, property)):  # which super() may lead beyond
+                return
+
+
+def _digested(code: types.CodeType, digest: Any) -> Iterator[str]:
+    """The names in a piece of code, and in those that it contains; strings may be names, too."""
+    digest.update(code.co_code)
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _digested(constant, digest)
+        else:
+            digest.update(repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant).encode())
+            if isinstance(constant, str) and constant.isidentifier():
+                yield constant
+    digest.update(repr(code.co_names).encode())

@@ -1,0 +1,170 @@
+"""Subclasses that take the place of a module's class: the original in everything but its forward.
+
+A module gets such a class by assignment to `__class__`, so its attributes, parameters, buffers and hooks stay the very objects that they
+were. Pickled and copied it is the original's class and the proof that the subclass was made from.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import nn
+
+# Held while classes are made and modules are given one.
+LOCK = threading.RLock()
+
+
+class CannotSubclassError(TypeError):
+    """A class refuses to have a subclass."""
+
+
+class Mark:
+    """What a class that we made was made from: an attribute of the class, by which it is known.
+
+    Args:
+        original: its base class.
+        proof: what was proved of modules of the original class.
+        derive: derive(original, proof) makes the class.
+        holds: whether the proof holds for a module that was unpickled.
+        forward: what the original's forward was when the class was made.
+        instances: modules that were given the class, by id.
+    """
+
+    def __init__(self, original: type[nn.Module], proof: Hashable, derive: Callable, holds: Callable[[nn.Module], bool]):
+        self.original, self.proof, self.derive, self.holds = original, proof, derive, holds
+        self.forward = original.forward
+        self.cls: type[nn.Module] | None = None  # the class
+        self.instances: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def derived(
+    original: type[nn.Module],
+    proof: Hashable,
+    name: str,
+    forward: Callable[[Mark], Callable],
+    derive: Callable,
+    holds: Callable[[nn.Module], bool],
+    finish: Callable[[type], None] = lambda cls: None,
+    **members: Any,
+) -> type[nn.Module]:
+    """The subclass of `original` for a proof. There is one for each pair, until the original's forward is replaced.
+
+    Args:
+        original: its base class.
+        proof: what is proved of modules of that class.
+        name: of the class.
+        forward: gives its forward for its mark.
+        derive, holds: as in Mark.
+        finish: called with the class before it is used; may raise.
+        members: other attributes of the class.
+
+    Raises:
+        CannotSubclassError: the class of the original does not allow this.
+    """
+    with LOCK:
+        for subclass in type.__subclasses__(original):
+            mark = mark_of(subclass)
+            if mark is not None and mark.proof == proof and mark.forward is original.forward:
+                return subclass
+        mark = Mark(original, proof, derive, holds)
+        members |= {"forward": forward(mark), "__reduce_ex__": _reduce_ex, "__setstate__": _setstate, "__doc__": original.__doc__}
+        mark.cls = cls = _subclass(original, name, members | {"__module__": derive.__module__})
+        finish(cls)
+        type.__setattr__(cls, "_triton_rmsnorm", mark)  # by which it is found
+        return cls
+
+
+def _subclass(original: type, name: str, members: dict) -> type:
+    """A subclass that neither `__init_subclass__` nor a metaclass gets to see, because both may register or refuse it."""
+    metaclass: Any = type(original)
+    # The constructor of `type` or of ABCMeta, not that of a metaclass derived from it.
+    constructor = next(base for base in metaclass.__mro__ if base.__module__ in ("builtins", "abc"))
+    try:
+        cls = constructor.__new__(metaclass, name, (nn.Module,), members)
+        type.__setattr__(cls, "__bases__", (original,))
+    except TypeError as error:
+        raise CannotSubclassError(f"its class cannot have a subclass: {error}") from None
+    return cls
+
+
+def mark_of(cls: type) -> Mark | None:
+    """The mark of a class that we made; None for others."""
+    return vars(cls).get("_triton_rmsnorm")
+
+
+def is_derived(cls: type) -> bool:
+    """Whether we made this class."""
+    return mark_of(cls) is not None
+
+
+def proof_of(cls: type) -> Any:
+    """The proof that a class was made from, or None if we did not make it."""
+    mark = mark_of(cls)
+    return None if mark is None else mark.proof
+
+
+def original_of(cls: type) -> type:
+    """The class that a class that we made takes the place of; other classes are their own."""
+    mark = mark_of(cls)
+    return cls if mark is None else mark.original
+
+
+def assign(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives a module a class that we made, or its own class again."""
+    with LOCK:
+        mark = mark_of(type(module))
+        if mark is not None:
+            mark.instances.pop(id(module), None)
+        object.__setattr__(module, "__class__", cls)
+        mark = mark_of(cls)
+        if mark is not None:
+            mark.instances[id(module)] = module
+
+
+def own_mark(self: nn.Module) -> tuple[type, Mark]:
+    """The class among those of a module that we made, and its mark."""
+    return next((cls, mark) for cls in type(self).__mro__ if (mark := mark_of(cls)) is not None)
+
+
+def _reduce_ex(self: nn.Module, protocol: int) -> Any:
+    """What the original would be pickled and copied as, and what makes our class of it."""
+    cls, mark = own_mark(self)
+    reduced = super(cls, self).__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
+    if type(self) is not cls or isinstance(reduced, str):
+        return reduced
+    function, args, *rest = reduced
+    function = mark.original if function is cls else function
+    args = tuple(mark.original if arg is cls else arg for arg in args)
+    complete = not rest or rest[0] is None  # there is no state that follows
+    return _restored, (function, args, mark.derive, mark.original, mark.proof, complete), *rest
+
+
+def _restored(
+    function: Callable, args: tuple, derive: Callable, original: type[nn.Module], proof: Hashable, complete: bool
+) -> nn.Module:
+    """A module of the original class, which is given ours if it can be made here."""
+    module = function(*args)
+    if type(module) is original:
+        try:
+            assign(module, derive(original, proof))
+        except (CannotSubclassError, RuntimeError) as error:
+            warnings.warn(f"{original.__qualname__} is loaded as it was before it was patched: {error}", stacklevel=2)
+        else:
+            if complete:
+                _verify(module)
+    return module
+
+
+def _setstate(self: nn.Module, state: Any) -> None:
+    super(own_mark(self)[0], self).__setstate__(state)  # type: ignore[misc]
+    _verify(self)
+
+
+def _verify(module: nn.Module) -> None:
+    """Gives a module its own class again if what was proved elsewhere, or earlier, does not hold here."""
+    mark = mark_of(type(module))
+    if mark is not None and not mark.holds(module):
+        assign(module, mark.original)
+        warnings.warn(f"{mark.original.__qualname__} is loaded as it was before it was patched: its code is another here", stacklevel=3)
