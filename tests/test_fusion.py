@@ -9,12 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-import triton_rmsnorm.patching.trial
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bench.census.tiny_models import tiny_batch, tiny_model
 from triton_rmsnorm import patch, patched, unpatch
+from triton_rmsnorm.patching import trial
 from triton_rmsnorm.patching.fusion import Fusion, fused
 from triton_rmsnorm.patching.replacement import add_and_normalize
 
@@ -192,7 +192,7 @@ def test_fused(layer, names, device, launches):
     assert type(model).__name__ == layer.__name__ and isinstance(model, layer) and list(model.state_dict()) == keys
     launches.clear()
     assert_same(results(model, x), expected)
-    assert any(one.pointers["RESIDUAL"] is not None for one in launches if "_fwd_" in one.kernel)
+    assert any(one.pointers["RESIDUAL"] is not None for one in launches if one.step == "forward")
     unpatch(model)
     assert [type(module) for module in model.modules()] == types
     assert_same(results(model, x), expected, 0)
@@ -204,12 +204,12 @@ def test_what_is_launched(device, launches):
     patch(model)
     x = torch.randn(2, 3, SIZE, device=device)
     results(model, x)
-    separate = Counter(one.kernel for one in launches)
+    separate = Counter(one.step for one in launches)
     patch(model, fuse_residual=True)
     launches.clear()
     results(model, x)
-    assert Counter(one.kernel for one in launches) == separate
-    forward = [one.pointers["RESIDUAL"] is not None for one in launches if "_fwd_" in one.kernel]
+    assert Counter(one.step for one in launches) == separate
+    forward = [one.pointers["RESIDUAL"] is not None for one in launches if one.step == "forward"]
     assert forward == [False, True]
 
 
@@ -337,12 +337,12 @@ def test_a_function_for_a_method():
     ids=["norm of x", "no sum", "sum without gradient", "norm without gradient", "scaled", "dtype"],
 )
 def test_trial_finds_defects(defect, monkeypatch):
-    monkeypatch.setattr(triton_rmsnorm.patching.trial, "add_and_normalize", defect)
+    monkeypatch.setattr(trial, "add_and_normalize", defect)
     assert "computes something else on a trial" in reason(Layer())
 
 
 def test_trial_finds_failures(monkeypatch):
-    monkeypatch.setattr(triton_rmsnorm.patching.trial, "add_and_normalize", lambda x, residual, norm: 1 / 0)
+    monkeypatch.setattr(trial, "add_and_normalize", lambda x, residual, norm: 1 / 0)
     assert "fails on a trial: ZeroDivisionError" in reason(Layer())
 
 
@@ -461,7 +461,7 @@ def test_other_dtypes(dtypes, device, launches):
     launches.clear()
     y, total = add_and_normalize(x, residual, norm)
     assert y.dtype == expected.dtype and torch.allclose(y, expected, rtol=1e-5) and torch.equal(total, x + residual)
-    assert not any(one.pointers["RESIDUAL"] is not None for one in launches if "_fwd_" in one.kernel)
+    assert not any(one.pointers["RESIDUAL"] is not None for one in launches if one.step == "forward")
 
 
 def test_shapes_and_numbers(device):
@@ -529,7 +529,7 @@ def test_gradient_checkpointing(use_reentrant, device, launches):
     assert patch(model, fuse_residual=True).fused == 2
     launches.clear()
     assert_same(run(), expected, 1e-4)
-    sums = [one for one in launches if "_fwd_" in one.kernel and one.pointers["RESIDUAL"] is not None]
+    sums = [one for one in launches if one.step == "forward" and one.pointers["RESIDUAL"] is not None]
     assert len(sums) == 4  # two layers, and both again in the backward
     unpatch(model)
     assert_same(run(), expected, 0)

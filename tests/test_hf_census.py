@@ -67,7 +67,7 @@ def test_a_wrong_norm_is_found(monkeypatch):
     compute = replacement._compute
 
     def plain(module, norm, *tensors):
-        return compute(module, replace(norm, semantics=replace(norm.semantics, x_hat=None)), *tensors)
+        return compute(module, replace(norm, semantics=replace(norm.semantics, x_hat_rounding=None)), *tensors)
 
     monkeypatch.setattr(replacement, "_compute", plain)
     results = [census("llama"), classes_of(LLAMA)]

@@ -470,7 +470,7 @@ def test_an_instance_with_a_forward_of_its_own_is_refused(llama):
     assert report.replaced == 4
     (row,) = [row for row in report.rows if row.status == "left alone"]
     assert row.names == ("model.norm",)
-    assert row.reason == "its own forward was replaced: patch LlamaRMSNorm before"
+    assert row.reason == "its forward was replaced: patch the model before that"
     assert row.resembles
 
 
@@ -478,7 +478,7 @@ def test_accelerate(llama):
     accelerate = pytest.importorskip("accelerate")
     accelerate.hooks.add_hook_to_module(llama.model.norm, accelerate.hooks.ModelHook())
     report = patch(llama)
-    assert [row.reason for row in report.rows if row.status == "left alone"] == ["accelerate has hooked it: patch LlamaRMSNorm before"]
+    assert [row.reason for row in report.rows if row.status == "left alone"] == ["accelerate has hooked it: patch the model before that"]
 
 
 def test_tensor_parallel(device, tmp_path):
@@ -492,7 +492,7 @@ def test_tensor_parallel(device, tmp_path):
     finally:
         distributed.destroy_process_group()
     assert row.status == "left alone"
-    assert row.reason == "torch.distributed has taken it over: patch LlamaRMSNorm before"
+    assert row.reason == "torch.distributed has taken it over: patch the model before it is wrapped, on every rank"
 
 
 class OtherRMSNorm(nn.Module):

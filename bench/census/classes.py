@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import pkgutil
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def _compare_alone(module: nn.Module) -> str:
         truth = copy.deepcopy(original).double()
         leaves = [t.double().requires_grad_() for t in inputs]
         weight = getattr(truth, norm.weight) if norm.weight else None
-        value = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
+        value = attrgetter(norm.eps)(module) if isinstance(norm.eps, str) else norm.eps
         exact = evaluate(norm.semantics.in_float32(), leaves[0], weight, value, norm.dims, leaves[1] if gated else None)
         wanted = _gradients(exact, leaves, truth, dy.double())
         found = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_rmsnorm.patching.recognition import recognize
-from triton_rmsnorm.patching.replacement import is_replacement, replacement
+from triton_rmsnorm.patching.replacement import is_replacement, replaced_forward
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +44,8 @@ def _forward_for(module: nn.Module) -> str:
     if cls is not type(module):
         cls = type(module)
         verdict = None if is_replacement(cls) else recognize(module)
-        forward: Callable = (replacement(cls, verdict.norm) if verdict is not None and verdict.norm is not None else cls).forward
+        norm = None if verdict is None else verdict.norm
+        forward: Callable = cls.forward if norm is None else replaced_forward(cls, norm)
         name = f"{cls.__name__}_{id(forward)}"
         setattr(_FORWARDS, name, forward)
         _NAMES[module] = cls, name

@@ -27,6 +27,7 @@ import types
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -121,9 +122,11 @@ def _forward(mark: Mark) -> Callable:
     return source.rewritten(mark.proof.norms)
 
 
-def _wrapped_as_the_original(cls: type[nn.Module]) -> None:
-    """Makes sure that the same is wrapped around a rewritten forward as around the original's: by decorators, which its source shows, or
-    by `__init_subclass__`, as in GradientCheckpointingLayer, which is called if it is needed for that."""
+def _wrapped_as_the_original(cls: Any) -> None:
+    """Makes sure that the same is wrapped around a rewritten forward as around the original's.
+
+    Decorators are in the source. `__init_subclass__`, which wraps it in GradientCheckpointingLayer, is called if something is missing.
+    """
     original = _codes(cls.__bases__[0].forward)[:-1]
     if _codes(cls.forward)[:-1] != original:
         try:

@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ def _python_random_kept() -> Iterator[None]:
     """Puts the generators of Python and NumPy back if they were used."""
     numpy = sys.modules.get("numpy")
     state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
+    numpy_state: Any = numpy.random.get_state() if numpy else None
     try:
         yield
     finally:

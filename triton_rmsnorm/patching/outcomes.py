@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_rmsnorm.patching.fusion import Fusion, fused, fusible
+from triton_rmsnorm.patching.fusion import fused, fusible
 from triton_rmsnorm.patching.isolation import isolated
 from triton_rmsnorm.patching.proof import BEFORE_WRAPPING, sounds_like_rms
 from triton_rmsnorm.patching.recognition import Memory, may_be_norm, recognize

@@ -29,6 +29,8 @@ def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False) 
     kernels: fp16, bf16 and fp32 input whose last dimensions are those of the weight; any other call runs the original forward. So does a
     norm from then on if an attribute is set that its forward may read, other than its weight and epsilon, which are looked up at each call.
 
+    If it raises, nothing has changed.
+
     Args:
         target: a model, or one norm; or a class of norms: all its instances, those there are and those to come, which are replaced as
             soon as they are built, before they are loaded, dispatched or parallelized, but no instances of subclasses; or a model type
@@ -45,7 +47,6 @@ def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False) 
         ValueError: transformers does not know the model type.
         ImportError: target is a model type and transformers is not installed.
         RuntimeError: strict, and something cannot be replaced; the message contains the report.
-        If it raises anything, nothing has changed.
     """
     return _patch(target, strict, fuse_residual)[0]
 

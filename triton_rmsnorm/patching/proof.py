@@ -13,6 +13,7 @@ elements that such a difference tips over a rounding boundary, HALF_MISMATCHES. 
 import copy
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from triton_rmsnorm.patching.isolation import Draws, DrawsError, bare_copy
@@ -46,10 +48,8 @@ ELEMENTS = 4096
 F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
 
 # Operators that CUDA's autocast runs in float32, and in half precision.
-_AUTOCAST_TO_FLOAT32 = frozenset(
-    "pow rsqrt reciprocal sum prod cumsum cumprod norm linalg_vector_norm dist cdist renorm exp expm1 log log2 log10 log1p softplus".split()
-)
-_AUTOCAST_TO_HALF = frozenset("mm bmm mv addmm addmv addr addbmm baddbmm matmul linear einsum prelu".split())
+_TO_FLOAT32 = re.compile("pow|rsqrt|reciprocal|sum|prod|cumsum|cumprod|norm|linalg_vector_norm|c?dist|renorm|expm?1?|log(2|10|1p)?")
+_TO_HALF = re.compile("mm|bmm|mv|addmm|addmv|addr|addbmm|baddbmm|matmul|linear|einsum|prelu")
 
 
 class NotProvedError(Exception):
@@ -80,7 +80,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def is_epsilon(name: str, tensor: Tensor) -> bool:
     """Whether a tensor of a module looks like its epsilon."""
-    return "eps" in name and not isinstance(tensor, nn.parameter.UninitializedTensorMixin) and tensor.numel() == 1
+    return "eps" in name and not is_lazy(tensor) and tensor.numel() == 1
 
 
 def agree(actual: Tensor, expected: Tensor) -> bool:
@@ -116,9 +116,9 @@ class _Operators(Draws):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__.rstrip("_")
-        if name in _AUTOCAST_TO_HALF:
+        if _TO_HALF.fullmatch(name):
             self.autocast = True
-        elif name in _AUTOCAST_TO_FLOAT32:
+        elif _TO_FLOAT32.fullmatch(name):
             self.autocast |= any(isinstance(arg, Tensor) and arg.dtype in HALF for arg in args)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -168,7 +168,7 @@ class Proof:
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
         sounds = "RMS" in self.cls.__name__
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise NotProvedError(f"its {name} is not initialized yet", sounds, ran=False)
         if tensor.numel() == 0:
             raise NotProvedError(f"its {name} is empty, as where ZeRO-3 or FSDP has partitioned it: {BEFORE_WRAPPING}", True, ran=False)
@@ -278,6 +278,8 @@ class Proof:
         for hint, self.rows in itertools.product(hints, ((8,), (2, 4), (2, 2, 2))):
             if hint and all(type(size) is int and size > 0 for size in hint):
                 self.shape = tuple(hint)
+                if not self._has_rank(self.rows):
+                    continue
                 actual = self._run(self._probe(self._randn(*self.rows, *self.shape)))
                 if isinstance(actual, Tensor):
                     if weight == (1,) and self.shape != (1,):
@@ -285,6 +287,10 @@ class Proof:
                     return
                 failure = failure or actual
         raise self._other_dimension() or self._fails(failure)
+
+    def _has_rank(self, rows: tuple[int, ...]) -> bool:
+        """Whether input with these outer dimensions has as many dimensions as the weight, over which the weight is broadcast."""
+        return len(rows) + len(self.shape) >= len(self.weight_shape or ())
 
     def _other_dimension(self) -> NotProvedError | None:
         """The reason, if it normalizes dimension 1 of a larger input."""
@@ -363,7 +369,7 @@ class Proof:
             for dtype, weight in itertools.permutations((F32, B16, F16), 2):
                 yield self._probe(x, dtype, weight, required=False)
         flat = x.view(-1, *self.shape)
-        for size in ((), (8,), (2, 4), (2, 2, 2)):
+        for size in filter(self._has_rank, ((), (8,), (2, 4), (2, 2, 2))):
             yield self._probe(flat[: math.prod(size)].reshape(*size, *self.shape), B16, B16, required=False)
         yield from self._layouts()
 
@@ -376,6 +382,7 @@ class Proof:
             if len(self.shape) == 1:
                 layouts.append(self._randn(2, *self.shape, 4).transpose(1, 2))
                 layouts.append(self._randn(2, 3, 2, *self.shape).to(memory_format=torch.channels_last))
+        layouts = [layout for layout in layouts if layout.dim() >= len(self.weight_shape or ())]
         return [self._probe(layout, gate=slices[1], required=False) for layout in layouts]
 
     def _strides(self) -> Any:
@@ -455,10 +462,10 @@ class Proof:
         return copied
 
     def _expected(self, semantics: Semantics, probe: _Probe, eps: str | float) -> Tensor:
-        weight = probe.weight
-        if weight is not None and semantics.scaled:
+        weight = probe.weight if semantics.scaled else None
+        if weight is not None:
             weight = weight.reshape(weight.shape[weight.dim() - len(self.shape) :])
-        return evaluate(semantics, probe.x, weight if semantics.scaled else None, self._value(probe.changed, eps), len(self.shape), probe.gate)
+        return evaluate(semantics, probe.x, weight, self._value(probe.changed, eps), len(self.shape), probe.gate)
 
     def _value(self, changed: dict[str, float], eps: str | float) -> float | None:
         if not isinstance(eps, str):

@@ -166,7 +166,7 @@ class _Walk:
                     if not is_plain(part):
                         self.visit(None, (), part)
         elif not isinstance(value, Tensor):
-            self.hold(root, path, value)
+            self.enter(root, path, value)
 
     def note(self, root: str | None, path: tuple[str, ...], value: Hashable, changes: bool = False) -> None:
         """Plain attributes of the module itself are left out: that they are set is noticed (see replacement.py)."""
@@ -175,15 +175,8 @@ class _Walk:
         elif root or len(path) > 1 or changes or path[0] not in vars(self.module):
             self.values[root, path] = value
 
-    def without(self, attribute: str | float) -> "Reads":
-        """All but the value of an attribute, given by its path with dots, that is looked up at each call."""
-        if not isinstance(attribute, str):
-            return self
-        path = tuple(attribute.split("."))
-        return replace(self, values=tuple(value for value in self.values if value[:2] != ("", path)))
-
-    def hold(self, root: str | None, path: tuple[str, ...], value: Any) -> None:
-        """Follows attributes of an object, a class or a Python module."""
+    def enter(self, root: str | None, path: tuple[str, ...], value: Any) -> None:
+        """Follows the attributes of an object, a class or a Python module."""
         if id(value) in self.holders or len(path) > _LONGEST_PATH:
             return
         if isinstance(value, types.ModuleType):

@@ -11,8 +11,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from triton_rmsnorm.patching.isolation import isolated
@@ -141,8 +141,9 @@ def _prove(module: nn.Module, found: Reads) -> Verdict:
 
 
 def fingerprint(module: nn.Module, found: Reads) -> Hashable:
-    """All attributes that a forward may read, except for values of tensors: plain values, and containers of them, by value, other
-    objects by identity.
+    """All attributes that a forward may read, except for values of tensors.
+
+    Plain values, and containers of them, count by value, other objects by identity.
 
     Raises:
         TypeError: there is no weak reference to an attribute.
@@ -155,7 +156,7 @@ def fingerprint(module: nn.Module, found: Reads) -> Hashable:
 
 
 def _metadata(tensor: Tensor) -> tuple:
-    uninitialized = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    uninitialized = is_lazy(tensor)
     return type(tensor), None if uninitialized else tuple(tensor.shape), tensor.dtype
 
 

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.patching.reads import INTERNAL, is_plain, reads, same
 from triton_rmsnorm.patching.semantics import Norm
-from triton_rmsnorm.patching.subclass import Mark, assign, derived, own_mark, proof_of
+from triton_rmsnorm.patching.subclass import Mark, assign, derived, mark_of, own_mark, proof_of
 
 PROVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +36,17 @@ def replacement(original: type[nn.Module], norm: Norm) -> type[nn.Module]:
     return derived(original, norm, name, _forward, replacement, holds, **_watching(original, norm))
 
 
+def replaced_forward(original: type[nn.Module], norm: Norm) -> Callable:
+    """A forward that computes `norm` for modules that keep the class `original`. That attributes are set is not noticed.
+
+    Raises:
+        CannotSubclassError: the class of the original does not allow a replacement.
+    """
+    mark = mark_of(replacement(original, norm))
+    assert mark is not None
+    return _forward(mark, original)
+
+
 def is_replacement(cls: type) -> bool:
     """Whether we made this class, for a norm."""
     return isinstance(proof_of(cls), Norm)
@@ -47,7 +58,7 @@ def add_and_normalize(x: Tensor, residual: Tensor, module: nn.Module) -> tuple[T
     if mark is not None and type(module) is mark.cls and _alike(x, residual) and not _watched(module):
         norm = mark.proof
         weight = None if norm.weight is None else getattr(module, norm.weight)
-        if _in_force(mark, module) and _covers(module, norm, x, weight, None) and _autocast(norm, x) != "rms_norm":
+        if _in_force(mark, module, mark.cls) and _covers(module, norm, x, weight, None) and _autocast(norm, x) != "rms_norm":
             return _compute(module, norm, x, weight, None, residual)
     total = x + residual
     return module(total), total
@@ -67,8 +78,13 @@ def _alike(x: Any, residual: Any) -> bool:
     return alike and _row_major(x) and _row_major(residual)
 
 
-def _forward(mark: Mark) -> Callable:
-    """forward of the replacement, with the signature of the original's, which still runs in cases for which nothing is proved."""
+def _forward(mark: Mark, cls: type[nn.Module] | None = None) -> Callable:
+    """A forward with the signature of the original's, which still runs in cases for which nothing is proved.
+
+    Args:
+        mark: of the replacement.
+        cls: the class of the modules that it is for; None: the replacement.
+    """
     original, norm = mark.original, mark.proof
     first, *rest = list(inspect.signature(mark.forward).parameters)[1:]
     gated = norm.semantics.activation is not None
@@ -77,13 +93,13 @@ def _forward(mark: Mark) -> Callable:
         gate = None
         if gated:
             gate = others[0] if others else named.get(rest[0])
-        if len(others) + len(named) == gated and _in_force(mark, self):
+        if len(others) + len(named) == gated and _in_force(mark, self, cls or mark.cls):
             weight = None if norm.weight is None else getattr(self, norm.weight)
             if _covers(self, norm, x, weight, gate):
                 return _compute(self, norm, x, weight, gate)
         return original.forward(self, x, *others, **named)
 
-    def forward(self, _x, *_others, **_named):  # type: ignore[no-untyped-def]
+    def forward(self, _x, *_others, **_named):
         return call(self, _x, _others, _named)
 
     # The first argument keeps its name, by which callers may pass it. The globals are the original's, where torch.jit.script looks for
@@ -93,10 +109,9 @@ def _forward(mark: Mark) -> Callable:
     return functools.wraps(mark.forward)(types.FunctionType(code, space, "forward", None, forward.__closure__))
 
 
-def _in_force(mark: Mark, module: nn.Module) -> bool:
+def _in_force(mark: Mark, module: nn.Module, cls: type[nn.Module] | None) -> bool:
     """Whether the module still has the class, and nothing has changed that can be noticed at a call; the rest: `_watching`."""
-    cls = type(module)
-    if cls is not mark.cls and mark.cls not in cls.__mro__:  # something has kept our forward beyond unpatch
+    if type(module) is not cls and cls not in type(module).__mro__:  # something has kept our forward beyond unpatch
         return False
     values = mark.proof.reads.values
     return mark.original.forward is mark.forward and (not values or mark.proof.reads.hold(module))
@@ -148,9 +163,7 @@ def _autocast(norm: Norm, x: Tensor) -> str:
     return norm.autocast if torch.is_autocast_enabled(x.device.type) else ""
 
 
-def _compute(
-    module: nn.Module, norm: Norm, x: Tensor, weight: Tensor | None, gate: Tensor | None, residual: Tensor | None = None
-) -> Any:
+def _compute(module: nn.Module, norm: Norm, x: Tensor, weight: Tensor | None, gate: Tensor | None, residual: Tensor | None = None) -> Any:
     """y; with a residual y and the sum."""
     if _autocast(norm, x) == "unaffected":
         with torch.autocast(x.device.type, enabled=False):

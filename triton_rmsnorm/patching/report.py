@@ -14,8 +14,8 @@ class Status(str, Enum):
     FUSED_BEFORE = "fused before"
     LEFT_ALONE = "left alone"
 
-    __str__ = str.__str__
-    __format__ = str.__format__
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Report:
             return "no RMS norm found"
         lines: list[tuple[str, ...]] = [("class", "semantics", "count", "outcome")]
         for row in self.rows:
-            outcome = f"{row.status}: {row.reason}" if row.reason else str(row.status)
+            outcome = f"{row.status!s}: {row.reason}" if row.reason else str(row.status)
             lines.append((row.cls.__name__, row.semantics or "-", str(row.count), outcome))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, tuple("-" * width for width in widths))

@@ -10,7 +10,7 @@ in where they round on the way:
     x · rstd.to(x)               rstd is rounded before it multiplies x
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -132,4 +132,4 @@ class Norm:
     shape: tuple[int, ...] | None = None
     strides: Literal["input", "rms_norm", "contiguous"] | None = "contiguous"
     autocast: Literal["unaffected", "rms_norm", "other"] = "unaffected"
-    reads: Reads = Reads()
+    reads: Reads = field(default_factory=Reads)

@@ -32,7 +32,7 @@ class Mark:
         instances: modules that were given the class, by id.
     """
 
-    def __init__(self, original: type[nn.Module], proof: Hashable, derive: Callable, holds: Callable[[nn.Module], bool]):
+    def __init__(self, original: type[nn.Module], proof: Any, derive: Callable, holds: Callable[[nn.Module], bool]):
         self.original, self.proof, self.derive, self.holds = original, proof, derive, holds
         self.forward = original.forward
         self.cls: type[nn.Module] | None = None  # the class
@@ -123,7 +123,7 @@ def assign(module: nn.Module, cls: type[nn.Module]) -> None:
             mark.instances[id(module)] = module
 
 
-def own_mark(self: nn.Module) -> tuple[type, Mark]:
+def own_mark(self: nn.Module) -> tuple[Any, Mark]:
     """The class among those of a module that we made, and its mark."""
     return next((cls, mark) for cls in type(self).__mro__ if (mark := mark_of(cls)) is not None)
 
@@ -131,7 +131,7 @@ def own_mark(self: nn.Module) -> tuple[type, Mark]:
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     """What the original would be pickled and copied as, and what makes our class of it."""
     cls, mark = own_mark(self)
-    reduced = super(cls, self).__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
+    reduced = super(cls, self).__reduce_ex__(max(protocol, 2))
     if type(self) is not cls or isinstance(reduced, str):
         return reduced
     function, args, *rest = reduced
@@ -141,9 +141,7 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     return _restored, (function, args, mark.derive, mark.original, mark.proof, complete), *rest
 
 
-def _restored(
-    function: Callable, args: tuple, derive: Callable, original: type[nn.Module], proof: Hashable, complete: bool
-) -> nn.Module:
+def _restored(function: Callable, args: tuple, derive: Callable, original: type[nn.Module], proof: Hashable, complete: bool) -> nn.Module:
     """A module of the original class, which is given ours if it can be made here."""
     module = function(*args)
     if type(module) is original:
@@ -158,7 +156,7 @@ def _restored(
 
 
 def _setstate(self: nn.Module, state: Any) -> None:
-    super(own_mark(self)[0], self).__setstate__(state)  # type: ignore[misc]
+    super(own_mark(self)[0], self).__setstate__(state)
     _verify(self)
 
 

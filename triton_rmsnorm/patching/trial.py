@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from triton_rmsnorm.patching.isolation import Draws, bare_copy
@@ -117,7 +118,7 @@ class _Trial:
 
     def __init__(self, layer: nn.Module, names: set[str], shape: tuple[int, ...], drawn: tuple[int, ...]):
         own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
-        if any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in own):
+        if any(is_lazy(t) for t in own):
             raise FailedError("its own parameters are not initialized yet")
         if sum(t.numel() for t in own) > LARGEST_OWN:
             raise FailedError("its own parameters are too large for a trial")
@@ -209,7 +210,7 @@ class _Trial:
 
 def _meta(tensor: Tensor | None) -> Tensor | None:
     """What can be asked of a stand-in's tensor; None if it cannot be read, such as an uninitialized one."""
-    if tensor is None or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if tensor is None or is_lazy(tensor):
         return None
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
