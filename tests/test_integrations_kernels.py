@@ -1,6 +1,7 @@
 """kernel_config and kernel_mapping with transformers and kernels of versions that fit, in which `.ci/run` runs this file."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -98,7 +99,7 @@ def test_stays(load, launches):
 
 def test_one_configuration_for_two_models(load, launches):
     config = pickle.loads(pickle.dumps(kernel_config()))
-    assert isinstance(config, KernelConfig)
+    assert isinstance(config, KernelConfig) and json.dumps(config)  # as training arguments are written
     for _ in range(2):
         model = load(tiny_model("olmo2"), use_kernels=True, kernel_config=config)
         assert run(model, launches) == len(norms(model))

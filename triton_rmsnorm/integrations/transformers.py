@@ -12,8 +12,11 @@ from triton_rmsnorm.integrations import kernel_mapping
 from triton_rmsnorm.patching import patch
 
 
-class TritonKernelConfig(KernelConfig):
-    """A KernelConfig that patches the model it is given to, and then leaves its norms to what was patched."""
+class TritonKernelConfig(KernelConfig, dict):
+    """A KernelConfig that patches the model it is given to, and then leaves its norms to what was patched.
+
+    It is an empty dict because training arguments that contain it are written as JSON.
+    """
 
     def create_compatible_mapping(self, model: Any, compile: bool = False) -> None:
         """Gives the model a mapping of its own, so that this configuration may serve other models."""
@@ -25,7 +28,10 @@ class TritonKernelConfig(KernelConfig):
 
 
 def _registered(device: str) -> dict[str, Any]:
-    """The layers for a device that are registered, but for transformers' own mapping, which points to the Hub."""
+    """The layers for a device that are registered; none where transformers' own mapping registered them, which points to the Hub."""
     own = {(name, getattr(on, "type", on)) for name, devices in get_kernel_mapping_transformers().items() for on in devices}
-    found = {name: devices[device].repos for name, devices in _KERNEL_MAPPING.get().items() if device in devices}
-    return {name: {device: repositories} for name, repositories in found.items() if repositories and (name, device) not in own}
+    mapping: dict[str, Any] = {}
+    for name, devices in _KERNEL_MAPPING.get().items():
+        repositories = devices[device].repos if device in devices and (name, device) not in own else None
+        mapping[name] = {device: repositories} if repositories else {}
+    return mapping
