@@ -5,6 +5,7 @@
     plugins:
       - triton_rmsnorm.integrations.axolotl.TritonRMSNormPlugin
     triton_rmsnorm_fuse_residual: true
+    triton_rmsnorm_recompute: true
 """
 
 from typing import Any
@@ -15,12 +16,14 @@ from pydantic import BaseModel
 from torch import nn
 
 from triton_rmsnorm.patching import patch
+from triton_rmsnorm.recompute import recompute_norms
 
 
 class TritonRMSNormArgs(BaseModel):
     """What the configuration may say."""
 
     triton_rmsnorm_fuse_residual: bool = False
+    triton_rmsnorm_recompute: bool = False
 
 
 class TritonRMSNormPlugin(BasePlugin):
@@ -32,3 +35,7 @@ class TritonRMSNormPlugin(BasePlugin):
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
         # axolotl shows what is logged under its own name.
         get_logger(f"axolotl.{__name__}").info("%s", patch(model, fuse_residual=bool(cfg.triton_rmsnorm_fuse_residual)))
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if cfg.triton_rmsnorm_recompute:
+            trainer.compute_loss = recompute_norms()(trainer.compute_loss)
