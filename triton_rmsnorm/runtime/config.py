@@ -82,7 +82,7 @@ STORE_POLICIES = ("", ".cs", ".cg")  # streaming: first to be evicted; and past 
 FORWARD_CTA = 32768
 # Longer rows of 2 bytes per element are read twice, in blocks of columns. The second read comes from the L2 as long as the rows of all
 # programs fit into it (measured: 97 % for 16384 columns, where a tile per row reaches 95 %; 96 against 87 % for 32768; 82 against 78 % for
-# 65536).
+# 65536). MI300X has 4 MB of L2 per 38 SMs, too little for the rows of 16384 columns that are in flight, and reads them once.
 REREAD_COLUMNS = 65536
 # All others take a cluster of thread blocks of 8192 columns, with 128 bytes per thread (measured: 71 % for 131072 columns of bf16).
 CLUSTER_CTA = 8192
@@ -132,7 +132,7 @@ def _forward(key: Key, device: Device) -> Config:
     columns, itemsize = next_power_of_2(key.n), _itemsize(key)
     registers = columns * max(1, itemsize // 4)
     blocked = Config(1, 8192 if columns <= 32768 else 16384, min(1024, columns // 32) // device.warp_size)
-    if key.kind == "plain" and itemsize == 2 and 16384 <= columns <= REREAD_COLUMNS:
+    if device.backend == "cuda" and key.kind == "plain" and itemsize == 2 and 16384 <= columns <= REREAD_COLUMNS:
         return blocked
     if registers <= FORWARD_CTA:
         threads = max(128, registers // (16 if registers <= 4096 else 32))
