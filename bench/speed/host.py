@@ -156,7 +156,7 @@ def picture(result: dict) -> "Figure":
     axes.set_yticks(range(len(found)), found)
     axes.invert_yaxis()
     axes.set(xlabel="host time per call (µs)", xlim=(0, 1.1 * max(times["training"] for times in found.values())))
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.grid(axis="x", alpha=0.3)
     versions = ", ".join(f"{key} {about[key]}" for key in ("triton_rmsnorm", "torch", "triton"))
     where = f"{about['gpu']}, driver {about['driver']}" if about["gpu"] != "none" else "no GPU, the driver is a stub that does nothing"
