@@ -125,7 +125,8 @@ def _interpreted(key: Key, device: Device) -> Config:
     columns = next_power_of_2(key.n)
     block_n = columns if columns <= limit else BLOCKED_COLUMNS
     # Two programs, so that the loop over tiles and the sum of partial dw are exercised.
-    return Config(max(1, INTERPRETER_TILE // block_n), block_n, 1, programs=0 if forward else device.num_sms)
+    programs = 0 if forward else device.num_sms
+    return Config(max(1, INTERPRETER_TILE // block_n), block_n, 1, programs=programs, weight_first=not forward)
 
 
 def _forward(key: Key, device: Device) -> Config:
