@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from triton_rmsnorm.patching import recognition
-from triton_rmsnorm.patching.proof import HALF_MISMATCHES, Proof, agree
+from triton_rmsnorm.patching.probes import HALF_MISMATCHES, agree
+from triton_rmsnorm.patching.proof import Proof
 from triton_rmsnorm.patching.reads import Reads, reads
 from triton_rmsnorm.patching.recognition import recognize
 from triton_rmsnorm.patching.semantics import SEMANTICS, Semantics, evaluate, gated

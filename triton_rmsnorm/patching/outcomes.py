@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from triton_rmsnorm.patching.fusion import fused, fusible
+from triton_rmsnorm.patching.inspection import sounds_like_rms
 from triton_rmsnorm.patching.isolation import isolated
-from triton_rmsnorm.patching.proof import BEFORE_WRAPPING, sounds_like_rms
+from triton_rmsnorm.patching.reasons import BEFORE_WRAPPING
 from triton_rmsnorm.patching.recognition import Memory, may_be_norm, recognize
 from triton_rmsnorm.patching.replacement import is_replacement, replacement
 from triton_rmsnorm.patching.report import Row, Status

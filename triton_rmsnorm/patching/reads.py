@@ -144,7 +144,7 @@ class _Walk:
 
         Args:
             root, path: where it is, as in Reads.values; None where no path leads to it.
-            own: it is in a class of the module, so it is followed even if it is torch's.
+            own: it is in a class of the module, so it is followed even if that is one of torch.nn.
         """
         if isinstance(value, (staticmethod, classmethod, types.MethodType)):
             value = value.__func__
@@ -208,12 +208,12 @@ class _Walk:
                 self.visit(None, (), cell.cell_contents, own)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.visit(None, (), value)
-        if _trusted(function.__module__) and not own:
+        space = function.__globals__
+        root = space.get("__name__", "")  # not function.__module__, which decorators copy from what they wrap
+        if _trusted(root) and not (own and root.startswith("torch.nn.")):
             return
         names = set(_digested(function.__code__, self.digest))
         self.names |= names
-        space = function.__globals__
-        root = space.get("__name__", "")
         known = vars(sys.modules[root]) is space if root in sys.modules else False
         for name in sorted(names & space.keys()):
             self.visit(root if known else None, (name,), space[name])

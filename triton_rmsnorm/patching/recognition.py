@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from triton_rmsnorm.patching.inspection import attributes, is_epsilon, named_modules, own_tensors, sounds_like_rms
 from triton_rmsnorm.patching.isolation import isolated
-from triton_rmsnorm.patching.proof import NotProvedError, Proof, agree, attributes, is_epsilon, own_tensors, sounds_like_rms
+from triton_rmsnorm.patching.probes import NotProvedError, agree
+from triton_rmsnorm.patching.proof import Proof
 from triton_rmsnorm.patching.reads import Reads, frozen, is_plain, reads
 from triton_rmsnorm.patching.semantics import Norm
 
@@ -80,7 +82,7 @@ def _suggests_norm(module: nn.Module) -> bool:
     cls = type(module)
     if cls.__module__.startswith("torch.") and not isinstance(module, nn.RMSNorm):
         return False
-    if _inputs(cls) is None or len(_weights(module)) > 1 or any(own_tensors(c) for c in module.modules() if c is not module):
+    if _inputs(cls) is None or len(_weights(module)) > 1 or any(own_tensors(child) for _, child in named_modules(module)[1:]):
         return False
     if may_be_norm(cls):
         return True
@@ -95,7 +97,7 @@ def _others_in(module: nn.Module) -> str:
     """Why something that is called an RMS norm is none."""
     if parametrize.is_parametrized(module):
         return "it is parametrized"
-    others = [name for name, child in module.named_children() if any(True for _ in (*child.parameters(), *child.buffers()))]
+    others = [name for name, child in named_modules(module)[1:] if own_tensors(child)]
     if len(_weights(module)) > 1 or others:
         return f"it has more parameters and buffers than a weight: {', '.join((*_weights(module), *others))}"
     return "its forward takes other arguments than an RMS norm's"

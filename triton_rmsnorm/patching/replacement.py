@@ -86,6 +86,7 @@ def _forward(mark: Mark, cls: type[nn.Module] | None = None) -> Callable:
         cls: the class of the modules that it is for; None: the replacement.
     """
     original, norm = mark.original, mark.proof
+    mark.methods = tuple((name, getattr(original, name)) for name in sorted(norm.reads.names) if _is_method(original, name))
     first, *rest = list(inspect.signature(mark.forward).parameters)[1:]
     gated = norm.semantics.activation is not None
 
@@ -113,8 +114,17 @@ def _in_force(mark: Mark, module: nn.Module, cls: type[nn.Module] | None) -> boo
     """Whether the module still has the class, and nothing has changed that can be noticed at a call; the rest: `_watching`."""
     if type(module) is not cls and cls not in type(module).__mro__:  # something has kept our forward beyond unpatch
         return False
-    values = mark.proof.reads.values
-    return mark.original.forward is mark.forward and (not values or mark.proof.reads.hold(module))
+    if mark.original.forward is not mark.forward:
+        return False
+    for name, method in mark.methods:
+        if getattr(mark.original, name) is not method:
+            return False
+    return not mark.proof.reads.values or mark.proof.reads.hold(module)
+
+
+def _is_method(original: type[nn.Module], name: str) -> bool:
+    method = getattr(original, name, None)
+    return isinstance(method, types.FunctionType) and method is not getattr(nn.Module, name, None)
 
 
 def _covers(module: nn.Module, norm: Norm, x: Any, weight: Tensor | None, gate: Any) -> bool:
@@ -123,6 +133,8 @@ def _covers(module: nn.Module, norm: Norm, x: Any, weight: Tensor | None, gate: 
         return False
     shape = x.shape[x.dim() - norm.dims :]
     if norm.shape is not None and shape != norm.shape:
+        return False
+    if norm.outer_dims is not None and x.dim() - norm.dims not in norm.outer_dims:
         return False
     if norm.weight is not None and (weight is None or weight.dtype not in PROVED_DTYPES or not _fits(weight, shape, x.dim())):
         return False
@@ -230,10 +242,10 @@ def _noticed(method: Callable, norm: Norm, followed: set) -> Callable:
         before = vars(self).get(name) if relevant else None
         method(self, name, *args, **named)
         if relevant and not (is_plain(before) and name in vars(self) and same(before, vars(self)[name])):
-            cls, mark = own_mark(self)
-            if type(self) is cls:
+            mark = own_mark(self)
+            if mark is not None and type(self) is mark.cls:
                 assign(self, mark.original)
-            else:  # something has derived a class of ours
+            elif mark is not None:  # something has derived a class of ours
                 vars(self)["forward"] = functools.partial(mark.original.forward, self)
 
     return noticing

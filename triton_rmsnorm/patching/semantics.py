@@ -119,6 +119,7 @@ class Norm:
         eps: the name of the attribute, with dots if it belongs to an object that is one; or the value.
         dims: trailing dimensions of the input that are normalized.
         shape: their sizes, if it takes no others or computes something else for others.
+        outer_dims: how many other dimensions the input may have; None: any number.
         strides: those of its output, of input that is not contiguous: of an elementwise operation on "input", those of torch's
             "rms_norm", or "contiguous". None: it follows no such rule.
         autocast: under autocast it computes the same ("unaffected"), what torch's "rms_norm" does, or something else ("other").
@@ -130,6 +131,7 @@ class Norm:
     eps: str | float
     dims: int = 1
     shape: tuple[int, ...] | None = None
+    outer_dims: tuple[int, ...] | None = None
     strides: Literal["input", "rms_norm", "contiguous"] | None = "contiguous"
     autocast: Literal["unaffected", "rms_norm", "other"] = "unaffected"
     reads: Reads = field(default_factory=Reads)

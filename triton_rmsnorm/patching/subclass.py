@@ -35,6 +35,7 @@ class Mark:
     def __init__(self, original: type[nn.Module], proof: Any, derive: Callable, holds: Callable[[nn.Module], bool]):
         self.original, self.proof, self.derive, self.holds = original, proof, derive, holds
         self.forward = original.forward
+        self.methods: tuple[tuple[str, Any], ...] = ()  # other methods that the forward calls
         self.cls: type[nn.Module] | None = None  # the class
         self.instances: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
@@ -123,14 +124,17 @@ def assign(module: nn.Module, cls: type[nn.Module]) -> None:
             mark.instances[id(module)] = module
 
 
-def own_mark(self: nn.Module) -> tuple[Any, Mark]:
-    """The class among those of a module that we made, and its mark."""
-    return next((cls, mark) for cls in type(self).__mro__ if (mark := mark_of(cls)) is not None)
+def own_mark(module: nn.Module) -> Mark | None:
+    """The mark of the class among those of a module that we made."""
+    return next((mark for cls in type(module).__mro__ if (mark := mark_of(cls)) is not None), None)
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     """What the original would be pickled and copied as, and what makes our class of it."""
-    cls, mark = own_mark(self)
+    mark = own_mark(self)
+    if mark is None:  # another thread has given it its own class again
+        return self.__reduce_ex__(protocol)
+    cls: Any = mark.cls
     reduced = super(cls, self).__reduce_ex__(max(protocol, 2))
     if type(self) is not cls or isinstance(reduced, str):
         return reduced
@@ -156,8 +160,13 @@ def _restored(function: Callable, args: tuple, derive: Callable, original: type[
 
 
 def _setstate(self: nn.Module, state: Any) -> None:
-    super(own_mark(self)[0], self).__setstate__(state)
-    _verify(self)
+    mark = own_mark(self)
+    if mark is None:  # as above
+        type(self).__setstate__(self, state)
+    else:
+        cls: Any = mark.cls
+        super(cls, self).__setstate__(state)
+        _verify(self)
 
 
 def _verify(module: nn.Module) -> None:

@@ -48,21 +48,6 @@ def _classes_of_model_type(name: str) -> list[type[nn.Module]]:
     return list(found)
 
 
-def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """As of nn.Module; but modules may be without a hash, and of any kind."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-
-    def visit(name: str, one: nn.Module) -> None:
-        if id(one) not in found:
-            found[id(one)] = name, one
-            for child_name, child in one._modules.items():
-                if isinstance(child, nn.Module):
-                    visit(f"{name}.{child_name}" if name else child_name, child)
-
-    visit("", module)
-    return list(found.values())
-
-
 def instances(classes: list[type[nn.Module]]) -> list[nn.Module]:
     """All modules of these very classes that the garbage collector knows."""
     known = set(classes)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from triton_rmsnorm.patching.inspection import is_epsilon
 from triton_rmsnorm.patching.isolation import Draws, bare_copy
-from triton_rmsnorm.patching.proof import EPS_OF_TENSORS, FEW_COLUMNS, is_epsilon
+from triton_rmsnorm.patching.probes import EPS_OF_TENSORS
+from triton_rmsnorm.patching.proof import FEW_COLUMNS
 from triton_rmsnorm.patching.subclass import original_of, proof_of
 
 # Largest difference of an output or gradient, relative to its largest element: sums in other orders, in float32.

@@ -1,0 +1,373 @@
+"""What changes after a norm was recognized: between two patches, and while it is patched. No call may give numbers of before."""
+
+import copy
+import pickle
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+from norms import COLUMNS, Norm, Switched, original_of
+from torch import nn
+from torch.nn.utils import parametrize
+
+import triton_rmsnorm
+from triton_rmsnorm import patch, unpatch
+from triton_rmsnorm.patching.reads import reads
+from triton_rmsnorm.patching.replacement import is_replacement
+
+
+class Optional(Norm):
+    """With a bias, if one is registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("bias", None)
+
+    def forward(self, x):
+        return super().forward(x) if self.bias is None else super().forward(x) + self.bias
+
+
+class Configured(Norm):
+    """Its epsilon and more are in a configuration."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.eps, self.config = None, config
+
+    def forward(self, x):
+        factor = self.config.factors["all"] if self.config.scaled else 1
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        return factor * self.weight * (x.float() * torch.rsqrt(variance + self.config.eps)).to(x.dtype)
+
+
+class InGlobals(Norm):
+    def forward(self, x):
+        return super().forward(x) if SWITCH else x
+
+
+class InAModule(Norm):
+    def forward(self, x):
+        return super().forward(x) if flags.on else x
+
+
+class WithMethod(Norm):
+    def factor(self, x):
+        return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x):
+        return self.weight * (x.float() * self.factor(x.float())).to(x.dtype)
+
+
+SWITCH = True
+flags = types.ModuleType("flags_of_a_test")
+
+
+def configuration():
+    return SimpleNamespace(eps=1e-6, scaled=False, factors={"all": 1.0})
+
+
+def set_switch(norm):
+    norm.on = False
+
+
+def set_bias(norm):
+    norm.bias = nn.Parameter(torch.ones(COLUMNS))
+
+
+def register_bias(norm):
+    norm.register_parameter("bias", nn.Parameter(torch.ones(COLUMNS)))
+
+
+def register_bias_as_buffer(norm):
+    del norm.bias
+    norm.register_buffer("bias", torch.ones(COLUMNS))
+
+
+def set_switch_of_class(norm):
+    Switched.on = False
+
+
+def scale_in_configuration(norm):
+    norm.config.scaled, norm.config.factors["all"] = True, 2.0
+
+
+def scale_in_a_dictionary(norm):
+    norm.config.factors["all"] = 2.0
+
+
+def another_configuration(norm):
+    norm.config = SimpleNamespace(eps=0.5, scaled=True, factors={"all": 3.0})
+
+
+def set_global(norm):
+    global SWITCH
+    SWITCH = False
+
+
+def set_in_module(norm):
+    flags.on = False
+
+
+def replace_forward(norm):
+    Norm.forward = lambda self, x: 2 * x
+
+
+def replace_method(norm):
+    WithMethod.factor = lambda self, x: 2
+
+
+def scaled_configuration():
+    return SimpleNamespace(eps=1e-6, scaled=True, factors={"all": 1.0})
+
+
+CHANGES = [
+    (Switched, set_switch),
+    (Optional, set_bias),
+    (Optional, register_bias),
+    (Optional, register_bias_as_buffer),
+    (Switched, set_switch_of_class),
+    (lambda: Configured(configuration()), scale_in_configuration),
+    (lambda: Configured(scaled_configuration()), scale_in_a_dictionary),
+    (lambda: Configured(configuration()), another_configuration),
+    (InGlobals, set_global),
+    (InAModule, set_in_module),
+    (Norm, replace_forward),
+    (WithMethod, replace_method),
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch):
+    monkeypatch.setitem(globals(), "SWITCH", True)
+    monkeypatch.setattr(Switched, "on", True)
+    monkeypatch.setattr(Norm, "forward", Norm.forward)
+    monkeypatch.setattr(WithMethod, "factor", WithMethod.factor)
+    monkeypatch.setattr(flags, "on", True, raising=False)
+    monkeypatch.setitem(__import__("sys").modules, flags.__name__, flags)
+
+
+@pytest.mark.parametrize(("make", "change"), CHANGES, ids=lambda value: value.__name__)
+def test_while_it_is_patched(make, change, device, launches):
+    """The call after the change gives what an unpatched norm gives, also where it was compiled before."""
+    norm, x = make().to(device), torch.randn(3, COLUMNS, device=device)
+    original = copy.deepcopy(norm)
+    assert patch(norm).replaced == 1
+    torch.testing.assert_close(norm(x), original(x))
+    assert len(launches) == 1
+    change(norm)
+    change(original)
+    torch.testing.assert_close(norm(x), original(x), rtol=0, atol=0)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize(("make", "change"), CHANGES, ids=lambda value: value.__name__)
+def test_between_two_patches(make, change, device):
+    """A second norm, patched after the change, is recognized anew; so is the first after unpatch."""
+    norm, x = make().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm)
+    unpatch(norm)
+    change(norm)
+    expected = norm(x)
+    patch(norm)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_epsilon_of_a_configuration_is_followed(device, launches):
+    norm = Configured(configuration()).to(device)
+    patch(norm)
+    x = torch.randn(3, COLUMNS, device=device)
+    norm.config.eps = 0.5
+    torch.testing.assert_close(norm(x), original_of(norm)(x))
+    assert launches
+
+
+def test_two_models_share_a_configuration(device):
+    config, x = configuration(), 0.1 * torch.randn(3, COLUMNS, device=device)
+    for eps in (1e-6, 1e-2):
+        config.eps = eps
+        norm = Configured(config).to(device)
+        expected = norm(x)
+        patch(norm)
+        torch.testing.assert_close(norm(x), expected)
+
+
+def test_other_attributes_leave_it_patched(device, launches):
+    """Neither attributes that its forward does not read, nor the weight, the epsilon, a mode, or the same value once more."""
+    norm = Switched().to(device)
+    norm.on = True
+    patch(norm)
+    norm.note, norm.eps, norm.on = "read by nobody", 0.5, True
+    norm.weight = nn.Parameter(torch.ones(COLUMNS, device=device))
+    norm.train().eval().requires_grad_(False)
+    norm.load_state_dict({"weight": torch.full((COLUMNS,), 2.0)}, assign=True)
+    norm.to(device).half().float()
+    assert is_replacement(type(norm))
+    x = torch.randn(3, COLUMNS, device=device)
+    torch.testing.assert_close(norm(x), original_of(norm)(x))
+    assert len(launches) == 1
+
+
+def test_attributes_looked_up_by_name(device):
+    """Where a forward computes the names that it reads, any attribute counts."""
+
+    class ByName(Norm):
+        def forward(self, x):
+            return super().forward(x) * getattr(self, "fac" + "tor", 1)
+
+    norm, x = ByName().to(device), torch.randn(3, COLUMNS, device=device)
+    assert patch(norm).replaced == 1
+    norm.factor = 2
+    assert type(norm) is ByName
+    torch.testing.assert_close(norm(x), original_of(norm)(x))
+
+
+def test_compiled_before_the_change(device):
+    norm, x = Switched().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm)
+    compiled = torch.compile(norm, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), original_of(norm)(x))
+    Switched.on = False
+    assert torch.equal(compiled(x), x)
+    torch._dynamo.reset()
+
+
+def test_a_class_derived_from_the_replacement(device):
+    """As fully_shard and parametrize do; a change is noticed there, too, and what they did can be undone."""
+    norm, x = Switched().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm)
+    replaced = type(norm)
+    norm.__class__ = type("Derived", (replaced,), {})
+    norm.on = False
+    for one in (norm, copy.deepcopy(norm)):
+        assert torch.equal(one(x), x)
+    with pytest.raises(RuntimeError, match="has become a Derived since"):
+        unpatch(norm)
+    norm.__class__ = replaced
+    unpatch(norm)
+    assert type(norm) is Switched and "forward" not in vars(norm)
+
+
+class Exponential(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+
+def test_parametrized_later(device, launches):
+    norm, x = Norm().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm)
+    parametrize.register_parametrization(norm, "weight", Exponential())
+    y = norm(x)
+    assert launches
+    parametrize.remove_parametrizations(norm, "weight")
+    torch.testing.assert_close(y, norm(x))
+
+
+def test_an_instance_made_from_the_class_of_another(device):
+    """Its constructor sets attributes, so nothing is taken for granted; the result is right in any case."""
+    norm = Switched().to(device)
+    patch(norm)
+    other = type(norm)().to(device)
+    x = torch.randn(3, COLUMNS, device=device)
+    torch.testing.assert_close(other(x), original_of(other)(x))
+
+
+# --- copies ---
+
+
+class WithArguments(Norm):
+    def __new__(cls, size):
+        assert size == COLUMNS
+        return super().__new__(cls)
+
+    def __init__(self, size):
+        super().__init__()
+
+    def __getnewargs__(self):
+        return (COLUMNS,)
+
+
+class WithKeywords(Norm):
+    def __new__(cls, *, size):
+        return super().__new__(cls)
+
+    def __init__(self, *, size):
+        super().__init__()
+
+    def __getnewargs_ex__(self):
+        return (), {"size": COLUMNS}
+
+
+class Reduced(Norm):
+    def __reduce__(self):
+        return type(self), (), {"weight": self.weight.data}
+
+    def __setstate__(self, state):
+        self.weight.data = state["weight"]
+
+
+class ReducedToNothing(Norm):
+    def __reduce__(self):
+        return type(self), ()
+
+    def __init__(self):
+        super().__init__()
+        nn.init.ones_(self.weight)
+
+
+class Copied(Norm):
+    def __deepcopy__(self, memo):
+        copied = type(self)()
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+
+COPIED = [WithArguments(COLUMNS), WithKeywords(size=COLUMNS), Reduced(), ReducedToNothing(), Copied(), Norm()]
+
+
+@pytest.mark.parametrize("norm", COPIED, ids=lambda norm: type(norm).__name__)
+def test_copies_of_classes_with_ways_of_their_own(norm, device):
+    norm = copy.deepcopy(norm).to(device)
+    patch(norm)
+    x = torch.randn(3, COLUMNS, device=device)
+    for one in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert isinstance(one, type(norm)) or type(norm).__mro__[1] is Copied
+        assert torch.equal(one(x), norm(x))
+        unpatch(one)
+        assert not is_replacement(type(one))
+
+
+def test_a_copy_is_what_the_class_is_by_then(device):
+    """What was proved is compared with the code and the values that the class reads where the copy is made."""
+    norm, x = Switched().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm)
+    pickled = pickle.dumps(norm)
+    Switched.on = False
+    with pytest.warns(UserWarning, match="Switched is loaded as it was before it was patched: its code is another here"):
+        loaded = pickle.loads(pickled)
+    assert type(loaded) is Switched and torch.equal(loaded(x), x)
+    Switched.on = True
+    Norm.forward = lambda self, x: 2 * x
+    with pytest.warns(UserWarning, match="its code is another here"):
+        assert type(pickle.loads(pickled)) is Switched
+
+
+# --- what is found in the code ---
+
+
+def test_reads():
+    found = reads(Configured(configuration()))
+    assert {"weight", "config"} <= found.names and not found.every and not found.autocast
+    assert {path: value for root, path, value in found.values if not root} == {
+        ("config", "eps"): 1e-6,
+        ("config", "scaled"): False,
+        ("config", "factors"): ("dict", (("all", 1.0),)),
+    }
+    assert reads(Switched()).values == (("", ("on",), True),)
+    assert (__name__, ("SWITCH",), True) in reads(InGlobals()).values
+    assert (flags.__name__, ("on",), True) in reads(InAModule()).values
+    assert reads(WithMethod()).code != reads(Norm()).code == reads(Norm()).code
+
+
+def test_our_own_modules_read_nothing_that_matters():
+    assert reads(triton_rmsnorm.RMSNorm(8)).values == ()

@@ -1,0 +1,619 @@
+"""patch does what it reports or nothing, passes over modules of any kind, and leaves nothing behind outside the model."""
+
+import abc
+import copy
+import functools
+import gc
+import random
+import threading
+import typing
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from norms import COLUMNS, Layer, Norm, original_of
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from triton_rmsnorm import patch, patched, unpatch
+from triton_rmsnorm.patching import patching
+from triton_rmsnorm.patching.replacement import is_replacement
+from triton_rmsnorm.patching.report import Report, Row, Status
+
+X = torch.randn(3, COLUMNS)
+
+
+def classes(module: nn.Module) -> list[type]:
+    return [type(one) for one in module.modules()]
+
+
+def reason(module: nn.Module) -> str:
+    report = patch(module)
+    assert report.replaced == 0
+    (row,) = report.rows
+    assert row.status == Status.LEFT_ALONE and row.cls is type(module)
+    return row.reason
+
+
+# --- all or nothing ---
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("where", ["outcome_of_layer", "outcome", "assign"])
+def test_an_error_midway_leaves_nothing(where, error, monkeypatch):
+    model = nn.Sequential(Norm(), Layer(), Norm())
+    before, calls = classes(model), []
+    function = getattr(patching, where)
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return function(*arguments)
+
+    monkeypatch.setattr(patching, where, fail)
+    context = patched(model, fuse_residual=True)
+    with pytest.raises(error):
+        context.__enter__()
+    assert classes(model) == before
+    monkeypatch.undo()
+    assert patch(model, fuse_residual=True).replaced == 3
+
+
+def test_strict_undoes_what_it_did():
+    class OtherRMSNorm(Norm):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Norm(), OtherRMSNorm())
+    assert "no RMS norm" in reason(OtherRMSNorm())
+    assert not patch(copy.deepcopy(model), strict=True).rows[1].resembles
+
+    class NearlyRMSNorm(Norm):
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    model.append(NearlyRMSNorm())
+    before = classes(model)
+    with pytest.raises(RuntimeError, match="rounds in no known order"):
+        patch(model, strict=True)
+    assert classes(model) == before
+
+
+class Sealed(Norm):
+    def __init_subclass__(cls, **named):
+        raise TypeError("may not be derived from")
+
+
+def test_a_class_that_refuses_subclasses():
+    """It is not asked: a class that takes its place registers nowhere and behaves alike."""
+    model = nn.Sequential(Norm(), Sealed(), Norm())
+    assert patch(model).replaced == 3
+    torch.testing.assert_close(model[1](X), original_of(model[1])(X))
+    unpatch(model)
+    assert classes(model)[1:] == [Norm, Sealed, Norm]
+
+
+def test_a_layer_whose_class_refuses_subclasses():
+    """There the hook has to run, because it may wrap the forward, as that of GradientCheckpointingLayer does."""
+
+    class Wrapping(nn.Module):
+        def __init_subclass__(cls, **named):
+            super().__init_subclass__(**named)
+            forward = cls.forward
+            cls.forward = functools.wraps(forward)(lambda self, x: forward(self, x))
+
+    class Wrapped(Layer, Wrapping):
+        def forward(self, x):
+            x = x + self.linear(x)
+            return x + self.norm(x)
+
+    class SealedLayer(Wrapped):
+        def __init_subclass__(cls, **named):
+            raise TypeError("may not be derived from")
+
+    for cls, fused in ((Wrapped, 1), (SealedLayer, 0)):
+        model = cls()
+        for _ in range(2):  # what failed once is not found by a second call
+            report = patch(model, fuse_residual=True)
+            assert report.fused == fused
+            assert fused or "may not be derived from" in report.rows[-1].reason
+            unpatch(model)
+
+
+class WithSlots:
+    __slots__ = ("extra",)
+
+
+def test_a_class_that_cannot_have_another():
+    class Slotted(Norm, WithSlots):
+        pass
+
+    assert "cannot have a subclass: __bases__ assignment" in reason(Slotted())
+
+
+class Refusing(type):
+    def __setattr__(cls, name, value):
+        raise TypeError("constant")
+
+
+def test_a_constructor_that_cannot_be_replaced():
+    class Constant(Norm, metaclass=Refusing):
+        pass
+
+    norm = Constant()
+    replaced, row = patch(Constant).rows
+    assert (replaced.status, row.status) == (Status.REPLACED, Status.LEFT_ALONE)
+    assert row.reason == "its constructor cannot be replaced: TypeError: constant"
+    assert is_replacement(type(norm)) and type(Constant()) is Constant
+    unpatch(Constant)
+    assert type(norm) is Constant
+
+
+# --- nothing outside changes ---
+
+
+REGISTRY: list = []
+
+
+class Registering(type):
+    def __new__(cls, name, bases, space):
+        made = super().__new__(cls, name, bases, space)
+        REGISTRY.append(made)
+        return made
+
+    def __init__(cls, *arguments):
+        super().__init__(*arguments)
+        REGISTRY.append(cls)
+
+
+class InARegistry(Norm, metaclass=Registering):
+    def __init_subclass__(cls, **named):
+        super().__init_subclass__(**named)
+        REGISTRY.append(cls)
+
+
+def test_registries():
+    known, norm = list(REGISTRY), InARegistry()
+    assert patch(norm).replaced == 1
+    assert REGISTRY == known and type(type(norm)) is Registering
+    unpatch(norm)
+    assert type(norm) is InARegistry
+
+
+T = typing.TypeVar("T")
+
+
+class Abstract(abc.ABC):
+    @abc.abstractmethod
+    def size(self): ...
+
+
+class Concrete(Norm, Abstract, typing.Generic[T]):
+    def size(self):
+        return COLUMNS
+
+
+def test_abstract_and_generic_classes():
+    """isinstance tells our class from the original."""
+    assert isinstance(Concrete(), Concrete)
+    norm = Concrete[int]()
+    assert patch(norm).replaced == 1
+    assert isinstance(norm, Concrete) and isinstance(norm, Abstract) and isinstance(norm, type(norm))
+    assert not isinstance(Concrete(), type(norm))
+    torch.testing.assert_close(norm(X), original_of(norm)(X))
+
+
+class Drawing(Layer):
+    """Draws random numbers in many ways."""
+
+    def forward(self, x):
+        x = x + F.dropout(self.linear(x), 0.5, self.training) * torch.rand(()) * torch.bernoulli(torch.full_like(x, 0.5))
+        return x + self.norm(x) + torch.randn_like(x) + torch.randperm(3).sum()
+
+
+class DrawingInPython(Layer):
+    def forward(self, x):
+        x = x + self.linear(x)
+        return x + self.norm(x) * random.random() * np.random.rand()
+
+
+@pytest.mark.parametrize(("cls", "fused"), [(Layer, 1), (Drawing, 1), (DrawingInPython, 0)])
+def test_random_generators(cls, fused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: 1 / 0)
+    layer = cls().train()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    assert patch(layer, fuse_residual=True).fused == fused
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    np.testing.assert_equal(np.random.get_state(), states[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        report = patch(Layer(), fuse_residual=True)
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (report.replaced, report.fused) == (1, 1)
+
+
+def normalize(x, weight, eps):
+    return weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+COMPILED = torch.compile(normalize, backend="eager", dynamic=False)
+
+
+class CallsCompiled(Norm):
+    def forward(self, x):
+        return COMPILED(x, self.weight, self.eps)
+
+
+class IsCompiled(Norm):
+    forward = torch.compile(Norm.forward, backend="eager", dynamic=False)
+
+
+@pytest.mark.parametrize("cls", [CallsCompiled, IsCompiled])
+def test_compile_caches(cls):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert patch(cls()).replaced == 1
+    assert not torch._dynamo.utils.counters["frames"]
+    norm = cls()
+    for rows in range(3):
+        norm(X[: rows + 1])
+    assert torch._dynamo.utils.counters["frames"]["total"] == 3  # it compiles as before
+    torch._dynamo.reset()
+
+
+def test_warnings():
+    class Warns(Norm):
+        def forward(self, x):
+            warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+            return super().forward(x)
+
+    filters = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert patch(Warns()).replaced == 1
+    assert not caught and warnings.filters == filters
+
+
+def test_threads():
+    """Several threads patch one model, and others call it meanwhile; nothing fails or differs."""
+    model = nn.Sequential(*[Layer() for _ in range(3)])
+    others = [copy.deepcopy(model) for _ in range(2)]
+    expected, state = model(X), torch.get_rng_state()
+    errors, reports = [], []
+
+    def guarded(function):
+        try:
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    def work(one):
+        reports.append(patch(one, fuse_residual=True))
+
+    def call():
+        for _ in range(20):
+            torch.testing.assert_close(model(X), expected)
+
+    threads = [threading.Thread(target=guarded, args=(functools.partial(work, one),)) for one in (model, model, model, *others)]
+    threads += [threading.Thread(target=guarded, args=(call,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert sum(report.fused for report in reports) == 9  # each layer once
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- any module may stand in a model ---
+
+
+class EqualToAll(Norm):
+    __hash__ = None
+
+    def __eq__(self, other):
+        return True
+
+
+class Partial(Norm):
+    def _forward(self, x, eps):
+        return normalize(x, self.weight, eps)
+
+    forward = functools.partialmethod(_forward, eps=1e-6)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(COLUMNS, COLUMNS), Norm()
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+class Unreadable(nn.Module):
+    """RMSNorm by name, and nothing can be asked of it."""
+
+    def __init__(self):
+        super().__init__()
+        vars(self)["_parameters"] = None
+
+    def forward(self, x):
+        return x
+
+
+UnreadableRMSNorm = type("UnreadableRMSNorm", (Unreadable,), {})
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear}, dtype=torch.qint8)
+
+
+STRANGERS = {
+    "scripted": lambda: torch.jit.script(nn.Linear(COLUMNS, COLUMNS)),
+    "scripted norm": lambda: torch.jit.script(nn.RMSNorm(COLUMNS)),
+    "traced": lambda: torch.jit.trace(nn.Linear(COLUMNS, COLUMNS), X),
+    "frozen": lambda: torch.jit.freeze(torch.jit.script(nn.Linear(COLUMNS, COLUMNS)).eval()),
+    "fx": lambda: torch.fx.symbolic_trace(Net()),
+    "exported": lambda: torch.export.export(Net(), (X,)).module(),
+    "quantized": quantized,
+    "compiled": lambda: torch.compile(Net(), backend="eager"),
+    "lazy": lambda: nn.LazyLinear(COLUMNS),
+    "equal to all": EqualToAll,
+    "partial": Partial,
+    "data parallel": lambda: nn.DataParallel(Net()),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_strangers(stranger):
+    model = nn.ModuleList([Norm(), STRANGERS[stranger]()])
+    expected = model[1](X) if stranger != "lazy" else None
+    report = patch(model, fuse_residual=True)
+    assert report.rows[0].status == Status.REPLACED and is_replacement(type(model[0]))
+    if expected is not None:
+        torch.testing.assert_close(model[1](X), expected)
+    unpatch(model)
+    assert type(model[0]) is Norm
+
+
+def test_an_unreadable_module():
+    model = nn.ModuleList([Norm(), Unreadable(), UnreadableRMSNorm()])
+    replaced, left = patch(model, fuse_residual=True).rows
+    assert replaced.count == 1
+    assert (left.cls, left.count, left.resembles) == (UnreadableRMSNorm, 1, True) and "it cannot be read: " in left.reason
+
+
+def test_uninitialized_parameters():
+    norm = Norm()
+    norm.weight = nn.parameter.UninitializedParameter()
+    model = nn.Sequential(norm, Norm())
+    assert patch(model).replaced == 1
+    norm.weight.materialize((COLUMNS,))
+    assert patch(model).replaced == 1
+    layer = Layer()
+    layer.linear = nn.LazyLinear(COLUMNS)
+    assert patch(layer, fuse_residual=True).fused == 1
+
+
+class Int8(torch.Tensor):
+    """A quantized weight, which knows no operators but those of a linear layer."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values, scale):
+        self.values_, self.scale = values, scale
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], args[1].values_.float() * args[1].scale, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values_, args[0].scale)
+        raise NotImplementedError(func)
+
+
+def test_quantized_weights():
+    layer = Layer()
+    layer.linear.weight = nn.Parameter(Int8(torch.ones(COLUMNS, COLUMNS, dtype=torch.int8), 0.1), requires_grad=False)
+    expected = layer(X)
+    assert patch(layer, fuse_residual=True).fused == 1
+    torch.testing.assert_close(layer(X), expected)
+    norm = Norm()
+    norm.weight = nn.Parameter(Int8(torch.ones(COLUMNS, dtype=torch.int8), 0.1), requires_grad=False)
+    assert reason(norm) == "it has a Int8 for a tensor"
+
+
+# --- reasons ---
+
+
+class ScalarRMSNorm(Norm):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+
+class ChannelsRMSNorm(Norm):
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(COLUMNS, *shape))
+
+    def forward(self, x):
+        weight = self.weight.view(-1, *(1,) * (x.dim() - 2))
+        return weight * x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps)
+
+
+class EpsilonRMSNorm(Norm):
+    def __init__(self):
+        super().__init__()
+        self.eps = nn.Parameter(torch.tensor(1e-6))
+
+
+class ParametrizedRMSNorm(Norm):
+    def __init__(self):
+        super().__init__()
+        parametrize.register_parametrization(self, "weight", nn.Identity())
+
+
+class BiasedRMSNorm(Norm):
+    def __init__(self):
+        super().__init__()
+        self.bias, self.linear = nn.Parameter(torch.zeros(COLUMNS)), nn.Linear(2, 2)
+
+
+class StarRMSNorm(Norm):
+    def forward(self, *arguments):
+        return super().forward(arguments[0])
+
+
+class CountingRMSNorm(Norm):
+    calls = 0
+
+    def forward(self, x):
+        CountingRMSNorm.calls += 1
+        return super().forward(x)
+
+
+class LayerNormWithoutBias(Norm):
+    def forward(self, x):
+        return F.layer_norm(x, (COLUMNS,), self.weight, None, self.eps)
+
+
+REASONS = [
+    (ScalarRMSNorm, "its weight is one number for all columns"),
+    (ChannelsRMSNorm, "it normalizes dimension 1, not the last"),
+    (lambda: ChannelsRMSNorm(1, 1), "it normalizes dimension 1, not the last"),
+    (EpsilonRMSNorm, "its eps is a parameter, for which it would need a gradient"),
+    (ParametrizedRMSNorm, "it is parametrized"),
+    (BiasedRMSNorm, "it has more parameters and buffers than a weight: weight, bias, linear"),
+    (StarRMSNorm, "its forward takes other arguments than an RMS norm's"),
+    (CountingRMSNorm, "its forward changes what it reads"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), REASONS, ids=[words for _, words in REASONS])
+def test_reasons(make, words):
+    assert reason(make()) == words
+
+
+def test_partitioned():
+    """As after ZeRO-3 or FSDP, whose norms have to be patched before."""
+    norm = Norm()
+    norm.weight.data = torch.empty(0)
+    assert "ZeRO-3 or FSDP has partitioned it: patch the model before it is wrapped, on every rank" in reason(norm)
+    flat = Norm()
+    weight = flat.weight.data
+    del flat.weight
+    flat.weight = weight
+    report = patch(nn.Sequential(type("FlatRMSNorm", (Norm,), {})(), flat))
+    assert report.replaced == 1
+
+
+def test_layer_norms_are_not_in_the_report():
+    assert patch(nn.Sequential(nn.LayerNorm(8), LayerNormWithoutBias(), nn.BatchNorm1d(8), nn.GroupNorm(2, 8))) == Report(())
+
+
+# --- the report ---
+
+
+def test_statuses_are_strings():
+    assert Status.LEFT_ALONE == "left alone" and f"{Status.TO_COME}" == str(Status.TO_COME) == "to come"
+    assert "left alone: because" in str(Report((Row(Norm, "", 1, Status.LEFT_ALONE, "because"),)))
+
+
+# --- unpatch ---
+
+
+def test_a_constructor_that_something_else_has_wrapped():
+    """The wrapper stays, ours does nothing any more, and goes as soon as it is on top again."""
+
+    class Local(Norm):
+        def __init__(self):
+            super().__init__()
+
+    own = Local.__init__
+    patch(Local)
+    ours = Local.__init__
+
+    @functools.wraps(ours)
+    def wrapper(self):
+        ours(self)
+        self.wrapped = True
+
+    Local.__init__ = wrapper
+    assert is_replacement(type(Local()))
+    unpatch(Local)
+    assert type(Local()) is Local and Local().wrapped
+    Local.__init__ = ours
+    assert type(Local()) is Local
+    unpatch(Local)
+    assert Local.__init__ is own
+
+    patch(Local)
+    Local.__init__ = functools.wraps(Local.__init__)(functools.partialmethod(Local.__init__))
+    patch(Local)  # once more, around the wrapper
+    assert is_replacement(type(Local()))
+    unpatch(Local)
+    assert type(Local()) is Local
+
+
+def test_contexts_of_a_class_that_end_in_another_order():
+    class Local(Norm):
+        pass
+
+    one, other = patched(Local), patched(Local)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    assert type(Local()) is Local and "__init__" not in vars(Local)
+
+
+def test_what_the_garbage_collector_does_not_see():
+    class Local(Norm):
+        pass
+
+    model = nn.Sequential(Local(), Local())
+    patch(model)
+    gc.freeze()
+    try:
+        unpatch(Local)
+    finally:
+        gc.unfreeze()
+    assert classes(model)[1:] == [Local, Local]
+
+
+def test_copies_outlive_the_context():
+    norm = Norm()
+    with patched(norm):
+        copied = copy.deepcopy(norm)
+    assert type(norm) is Norm and is_replacement(type(copied))
+    unpatch(Norm)
+    assert type(copied) is Norm
+
+
+def test_something_holds_our_forward(launches):
+    """As a hook of accelerate does: it runs the original after unpatch."""
+    norm = Norm()
+    patch(norm)
+    held = norm.forward
+    unpatch(norm)
+    assert torch.equal(held(X), norm(X))
+    assert not launches

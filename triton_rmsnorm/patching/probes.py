@@ -1,0 +1,200 @@
+"""Probes: a forward runs on a copy of its module, on the CPU and with other weights, and its output is compared.
+
+What counts as equal. Two ways to write one formula, such as x / sqrt(v) and x · rsqrt(v), differ in the last bits of float32. So float32
+outputs must agree to FLOAT32_TOLERANCE, element by element, and half-precision outputs must be equal bit for bit except for the share of
+elements that such a difference tips over a rounding boundary, HALF_MISMATCHES. Another order of roundings changes tens of percent.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from triton_rmsnorm.patching.inspection import attributes, is_epsilon, own_tensors
+from triton_rmsnorm.patching.isolation import Draws, DrawsError, bare_copy
+from triton_rmsnorm.patching.semantics import HALF
+
+# 8 units in the last place: the effect of rsqrt, pow, sqrt and division, and of other orders of summation.
+FLOAT32_TOLERANCE = 2.0**-20
+# 8 units of float32 tip 8 · 2^-13 of all float16 values over a boundary (2^-13 is the ratio of the units), and there may be two roundings.
+HALF_MISMATCHES = 0.002
+# The epsilon of a copy where the module's is a tensor, whose value is not looked at.
+EPS_OF_TENSORS = 1e-6
+
+F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
+
+# Operators that CUDA's autocast runs in float32, and in half precision.
+_TO_FLOAT32 = re.compile("pow|rsqrt|reciprocal|sum|prod|cumsum|cumprod|norm|linalg_vector_norm|c?dist|renorm|expm?1?|log(2|10|1p)?")
+_TO_HALF = re.compile("mm|bmm|mv|addmm|addmv|addr|addbmm|baddbmm|matmul|linear|einsum|prelu")
+
+
+class NotProvedError(Exception):
+    """Why nothing is proved.
+
+    Args:
+        reason: in words, for the report.
+        resembles: it looks like an RMS norm all the same.
+        ran: its forward took what an RMS norm takes.
+        other: it is a known other norm, such as a LayerNorm.
+    """
+
+    def __init__(self, reason: str, resembles: bool = False, ran: bool = True, other: bool = False):
+        super().__init__(reason)
+        self.resembles, self.ran, self.other = resembles, ran, other
+
+
+def agree(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs are of one norm, up to the last bits of float32 (see the top of this file)."""
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        return False
+    if torch.equal(actual, expected):
+        return True
+    info = torch.finfo(actual.dtype)
+    relative = FLOAT32_TOLERANCE if actual.dtype == F32 else 4 * info.eps
+    if not torch.isclose(actual, expected, rtol=relative, atol=2 * info.smallest_normal * info.eps, equal_nan=True).all():
+        return False
+    mismatches = ((actual != expected) & ~(actual.isnan() & expected.isnan())).sum().item()
+    return actual.dtype == F32 or mismatches <= max(1, HALF_MISMATCHES * actual.numel())
+
+
+class _RMSNormCalls(TorchFunctionMode):
+    """Notes whether torch's own rms_norm is called, and with input that autocast would cast."""
+
+    called = casts = False
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.rms_norm, F.rms_norm):
+            self.called = True
+            self.casts |= bool(args) and isinstance(args[0], Tensor) and args[0].dtype in HALF
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(Draws):
+    """Notes whether autocast on a GPU would change what is computed. Refuses random numbers."""
+
+    autocast = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if _TO_HALF.fullmatch(name):
+            self.autocast = True
+        elif _TO_FLOAT32.fullmatch(name):
+            self.autocast |= any(isinstance(arg, Tensor) and arg.dtype in HALF for arg in args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One run of the original: its input, and the state of the copy that it runs on."""
+
+    x: Tensor
+    gate: Tensor | None
+    weight: Tensor | None  # in place of the module's only tensor beside its epsilon, used or not
+    changed: dict[str, float] = field(default_factory=dict)  # epsilons
+    training: bool = False
+    required: bool = True  # False: the original may refuse the input
+
+    @property
+    def in_float32(self) -> bool:
+        return self.x.dtype == F32 and (self.weight is None or self.weight.dtype == F32)
+
+
+class Subject:
+    """A module whose forward is to be run.
+
+    Args:
+        module: a module with at most one tensor beside its epsilon. It is only looked at.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.cls = type(module)
+        self.generator = torch.Generator("cpu").manual_seed(0)
+        self.gated = False  # its forward is given a second tensor
+        self.weight: str | None = None  # the name of its only tensor beside its epsilon, used or not
+        self.weight_shape: tuple[int, ...] | None = None
+        for name, tensor in own_tensors(module).items():
+            if not is_epsilon(name, tensor):
+                self.weight, self.weight_shape = name, tuple(tensor.shape)
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts to note anew what runs show beside their outputs."""
+        self.calls, self.operators = _RMSNormCalls(), _Operators()
+
+    def probe(self, x: Tensor, dtype: torch.dtype = F32, weight: torch.dtype = F32, gate: Tensor | None = None, **rest: Any) -> Probe:
+        if self.gated:
+            gate = (self.randn(*x.shape) if gate is None else gate).to(weight)
+        tensor = None if self.weight_shape is None else self.randn(*self.weight_shape).to(weight)
+        return Probe(x.to(dtype), gate if self.gated else None, tensor, **rest)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=F32, device="cpu")
+
+    def run(self, probe: Probe) -> Tensor | Exception:
+        """What the original's forward returns for copies of the probe's tensors."""
+        x, gate, weight = (None if t is None else _cloned(t) for t in (probe.x, probe.gate, probe.weight))
+        copied = self._copy(self.module, weight, probe.training, probe.changed)
+        inputs = [t for t in (x, gate) if t is not None]
+        before = _state(copied)
+        versions = [t._version for t in inputs]
+        try:
+            with self.calls, self.operators:
+                actual = self.cls.forward(copied, *inputs)
+        except DrawsError as error:
+            raise NotProvedError(str(error)) from None
+        except Exception as error:  # of any kind: it is other people's code
+            return error
+        if versions != [t._version for t in inputs]:
+            raise NotProvedError("its forward changes its input")
+        if before != _state(copied):
+            raise NotProvedError("its forward changes the module")
+        if not isinstance(actual, Tensor):
+            return TypeError(f"forward returns {type(actual).__name__}, not a tensor")
+        return actual
+
+    def _copy(self, module: nn.Module, weight: Tensor | None, training: bool, changed: dict[str, float]) -> nn.Module:
+        """A module of the same class and attributes with `weight` in place of its tensor, and other epsilons."""
+        copied = bare_copy(module)
+        copied.training = training
+        named: list[tuple[dict, dict]] = [(copied._parameters, module._parameters), (copied._buffers, module._buffers)]
+        for own, others in named:
+            for name, tensor in others.items():
+                if tensor is not None and is_epsilon(name, tensor):
+                    own[name] = torch.full(tensor.shape, changed.get(name, EPS_OF_TENSORS), dtype=F32)
+                else:
+                    own[name] = None if tensor is None else weight
+        for name, value in changed.items():
+            if name not in copied._buffers:
+                _set(copied, name, value)
+        for name, child in module._modules.items():
+            copied._modules[name] = None if child is None else self._copy(child, None, training, {})
+        return copied
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    """With the same strides, also where there are gaps."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+
+def _set(module: nn.Module, path: str, value: float) -> None:
+    """Sets an attribute of a module, or of an object that is one, which is copied."""
+    *owners, name = path.split(".")
+    owner: Any = module
+    for attribute in owners:
+        owner_copy = copy.copy(getattr(owner, attribute))
+        vars(owner)[attribute] = owner_copy
+        owner = owner_copy
+    vars(owner)[name] = value
+
+
+def _state(module: nn.Module) -> dict:
+    """What a forward might change: compare two of one module."""
+    values = {n: repr(v) if isinstance(v, (int, float, str, tuple, list, dict, set)) else id(v) for n, v in attributes(module).items()}
+    return values | {name: (id(t), t._version) for name, t in own_tensors(module).items()}
