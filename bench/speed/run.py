@@ -11,11 +11,12 @@ import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
+from concurrent.futures import TimeoutError, as_completed
 from pathlib import Path
 
 import torch
 import triton
+from pebble import ProcessPool
 from tqdm import tqdm
 
 from bench import records
@@ -23,6 +24,7 @@ from bench.problem import SUITES, Data, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, PROVIDERS, UnsupportedError, absent, path
 from bench.speed import check, report
 from bench.speed.check import WrongError
+from triton_rmsnorm.runtime import table
 from triton_rmsnorm.testing import Expected
 
 MINUTES = {"quick": 4, "full": 10}
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, reason in run["absent"].items():
         print(f"{name} is absent: {reason}")
 
-    _compile_ahead(todo, device, options.jobs, (deadline - time.monotonic()) / 2)
+    _compile_ahead(todo, device, options.jobs, (deadline - time.monotonic()) / 3)
     with tqdm(total=sum(map(len, todo.values())), unit="cell") as progress:
         for problem, missing in todo.items():
             if time.monotonic() > deadline:
@@ -91,8 +93,8 @@ def _compile_ahead(todo: dict[Problem, list[str]], device: torch.device, jobs: i
     """Calls everything once in processes of their own, which leaves what is compiled in caches on disk. Nothing is timed meanwhile."""
     if not jobs or not todo:
         return
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_never_tune)
-    futures = [pool.submit(_call_once, problem, names, device) for problem, names in todo.items()]
+    pool = ProcessPool(jobs, initializer=_never_tune, context=multiprocessing.get_context("spawn"))
+    futures = [pool.schedule(_call_once, args=(problem, names, device)) for problem, names in todo.items()]
     failed = 0
     try:
         for future in tqdm(as_completed(futures, timeout=max(0, seconds)), "compiling", len(futures), leave=False):
@@ -101,13 +103,14 @@ def _compile_ahead(todo: dict[Problem, list[str]], device: torch.device, jobs: i
         failed += sum(not future.done() for future in futures)
     if failed:  # the process that measures will do it
         print(f"{failed} of {len(futures)} problems are not compiled ahead")
-    pool.shutdown(cancel_futures=True)
+    pool.stop()  # also what is still being compiled: it would share the GPU with what is timed
+    pool.join()
 
 
 def _never_tune() -> None:
     """In a process that shares the GPU: what tunes itself by timing compiles all that it would time, and learns nothing from it."""
     os.environ.update(FLA_CACHE_RESULTS="0", TORCHINDUCTOR_COMPILE_THREADS="1")
-    os.environ.pop("TRITON_RMSNORM_AUTOTUNE", None)
+    table.search = None
     triton.testing.do_bench = lambda call, **_: call() or [0.0] * 3
 
 
