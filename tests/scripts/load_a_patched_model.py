@@ -1,4 +1,4 @@
-"""Loads a whole model, its argument, which was patched when it was saved, and prints the class of its last norm and a size of its output."""
+"""Loads a whole model, its argument, that was patched when it was saved. Prints the class of its last norm and a size of its output."""
 
 import sys
 

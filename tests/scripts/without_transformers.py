@@ -2,12 +2,13 @@
 
 import sys
 
-sys.modules["transformers"] = None
-
 import torch
 
 import triton_rmsnorm
 
+sys.modules["transformers"] = None
+
+assert not any(name.startswith("transformers.") for name in sys.modules)  # the package does not import it
 print(triton_rmsnorm.patch(torch.nn.RMSNorm(8)).replaced)
 try:
     triton_rmsnorm.patch("llama")
