@@ -14,9 +14,8 @@ from triton_rmsnorm.patching.isolation import isolated
 from triton_rmsnorm.patching.reasons import BEFORE_WRAPPING
 from triton_rmsnorm.patching.recognition import Memory, may_be_norm, recognize
 from triton_rmsnorm.patching.replacement import is_replacement, replacement
-from triton_rmsnorm.patching.report import Row, Status
+from triton_rmsnorm.patching.report import Row, Status, in_words
 from triton_rmsnorm.patching.subclass import CannotSubclassError, is_derived, original_of, proof_of
-from triton_rmsnorm.patching.trial import in_words
 
 # A row, but for its count, and the class that the module is to get; None: the module has no row, or gets no class.
 Outcome = tuple[Row | None, type[nn.Module] | None]

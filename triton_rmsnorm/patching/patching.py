@@ -16,10 +16,9 @@ from triton_rmsnorm.patching.constructors import replace_constructor, restore_co
 from triton_rmsnorm.patching.inspection import named_modules
 from triton_rmsnorm.patching.outcomes import outcome, outcome_of_class, outcome_of_layer
 from triton_rmsnorm.patching.recognition import Memory
-from triton_rmsnorm.patching.report import Report, Row, Status
+from triton_rmsnorm.patching.report import Report, Row, Status, in_words
 from triton_rmsnorm.patching.subclass import LOCK, assign, is_derived, mark_of
 from triton_rmsnorm.patching.targets import Target, classes_of, instances, replaced_instances
-from triton_rmsnorm.patching.trial import in_words
 
 
 def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Report:

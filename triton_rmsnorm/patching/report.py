@@ -71,3 +71,8 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, tuple("-" * width for width in widths))
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def in_words(error: BaseException) -> str:
+    """The type and the message of an error, on one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

@@ -23,6 +23,7 @@ from triton_rmsnorm.patching.inspection import is_epsilon
 from triton_rmsnorm.patching.isolation import Draws, bare_copy
 from triton_rmsnorm.patching.probes import EPS_OF_TENSORS
 from triton_rmsnorm.patching.proof import FEW_COLUMNS
+from triton_rmsnorm.patching.report import in_words
 from triton_rmsnorm.patching.subclass import original_of, proof_of
 
 # Largest difference of an output or gradient, relative to its largest element: sums in other orders, in float32.
@@ -238,8 +239,3 @@ def _agree(actual: tuple[list, list], expected: tuple[list, list]) -> bool:
         if not same:
             return False
     return True
-
-
-def in_words(error: BaseException) -> str:
-    """The type and the message of an error, on one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
