@@ -1,0 +1,268 @@
+"""bench.cost: what is counted without memory is what happens, byte by byte, and what is not interpreted is what was assumed."""
+
+import importlib.util
+import json
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModel, LlamaConfig
+
+from bench.audit.record import launches as launches_of_problem
+from bench.audit.traffic import traffic
+from bench.cost import __main__, count, layers, report
+from bench.cost import traffic as cost_traffic
+from bench.cost.count import DIRECTIONS, Cost, Counts
+from bench.cost.layers import FUSED, HF, MODELS, OURS, PROVIDERS, RECOMPUTED, Model, count_layer
+from bench.cost.traffic import Launched, UncountableError, _Programs, launched
+from bench.problem import Problem
+from triton_rmsnorm import patch, recompute_norms
+from triton_rmsnorm.runtime import config
+
+HIDDEN, HEADS, INTERMEDIATE, TOKENS = 256, 4, 512, 96
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+SMALL = Model("llama", SIZES)
+ROW = 2 * HIDDEN  # bytes of bf16
+PEERS = [name for name, provider in PROVIDERS.items() if provider.package and importlib.util.find_spec(provider.package)]
+
+
+@cache
+def small(provider: str, tokens: int = TOKENS) -> Counts:
+    return count_layer(SMALL, PROVIDERS[provider], tokens, torch.bfloat16).counts
+
+
+def programs(m: int, n: int) -> int:
+    """Of a backward, each of which writes a row of partial sums of dw."""
+    (main, _) = launches_of_problem(Problem(m, n, "backward"), config.SM_90)
+    return main.launch.grid[0]
+
+
+def test_norms_of_ours_by_hand():
+    """Two norms and two additions each way: every tensor once, and the partial sums of dw."""
+    norm = {"read": TOKENS * ROW + ROW, "written": TOKENS * (ROW + 4)}  # x, weight; y, rstd
+    add = {"read": 2 * TOKENS * ROW, "written": TOKENS * ROW}
+    assert small(OURS).cost("norms", "forward") == Cost(4, 2 * (norm["read"] + add["read"]), 2 * (norm["written"] + add["written"]))
+    partial = programs(TOKENS, HIDDEN) * 4 * HIDDEN
+    read, written = 2 * TOKENS * ROW + ROW + 4 * TOKENS + partial, TOKENS * ROW + partial + ROW  # dy, x, weight, rstd; dx, dw
+    assert small(OURS).cost("norms", "backward") == Cost(2 * 2 + 2, 2 * (read + add["read"]), 2 * (written + add["written"]))
+
+
+def test_fused_and_recomputed_by_hand():
+    """Fused, a sum is not read again, and gradients are not added by a launch. Recomputed outputs are read from x, weight and rstd."""
+    saved = small(OURS).cost("norms", "forward"), small(FUSED).cost("norms", "forward")
+    assert [a - b for a, b in zip(*saved, strict=True)] == [1, TOKENS * ROW, 0]
+    saved = small(OURS).cost("norms", "backward"), small(FUSED).cost("norms", "backward")
+    assert [a - b for a, b in zip(*saved, strict=True)] == [1, TOKENS * ROW, TOKENS * ROW]
+    more = small(RECOMPUTED).cost("norms", "backward"), small(FUSED).cost("norms", "backward")
+    assert [a - b for a, b in zip(*more, strict=True)] == [2, 2 * (TOKENS * (ROW + 4) + ROW), 2 * TOKENS * ROW]
+    assert small(RECOMPUTED).cost("norms", "forward") == small(FUSED).cost("norms", "forward")
+    assert small(FUSED).kept_by("norms") - small(RECOMPUTED).kept_by("norms") == 2 * TOKENS * ROW
+    assert small(FUSED).kept_by("norms") == 2 * TOKENS * (2 * ROW + 4)  # x, y and rstd of both
+
+
+def test_hugging_face_by_hand():
+    """The forward of LlamaRMSNorm, operation by operation, in units of rows of bf16."""
+    operations = {  # read, written; numbers per row count as 4 bytes
+        "to float32": (1, 2),
+        "pow": (2, 2),
+        "rsqrt(mean + eps) · x": (2, 2),
+        "to bf16": (2, 1),
+        "· weight": (1, 1),
+        "residual +": (2, 1),
+    }
+    read, written = (sum(column) * ROW * TOKENS for column in zip(*operations.values(), strict=True))
+    read += TOKENS * 2 * ROW + ROW + 3 * 4 * TOKENS  # of mean: pow; of the product with it: weight; mean, mean + eps, rstd
+    written += 3 * 4 * TOKENS
+    assert small(HF).cost("norms", "forward") == Cost(18, 2 * read, 2 * written)
+
+
+@pytest.mark.parametrize("provider", [HF, "torch composite", OURS, FUSED, RECOMPUTED, *PEERS])
+def test_the_rest_does_not_depend_on_the_provider(provider):
+    for direction in DIRECTIONS:
+        assert small(provider).cost("rest", direction) == small(HF).cost("rest", direction)
+    assert small(provider).kept_by("rest") == small(HF).kept_by("rest")
+
+
+@pytest.mark.parametrize("provider", [HF, "torch composite", OURS, FUSED, RECOMPUTED, *PEERS])
+def test_linear_in_tokens(provider):
+    """Nothing is scaled; but if it were, this is what it would be."""
+    one, two, three = (small(provider, tiles * 32 * 132) for tiles in (1, 2, 3))  # of 32 rows, for each multiprocessor
+    for direction in DIRECTIONS:
+        costs = [counts.cost("norms", direction) for counts in (one, two, three)]
+        assert costs[0].launches == costs[1].launches == costs[2].launches
+        assert costs[2].moved - costs[1].moved == costs[1].moved - costs[0].moved
+    assert three.kept_by("layer") - two.kept_by("layer") == two.kept_by("layer") - one.kept_by("layer")
+
+
+@pytest.mark.parametrize("provider", [HF, OURS, RECOMPUTED])
+def test_kept_is_what_a_real_layer_keeps(provider, device):
+    """Of a layer with memory, by the same attention."""
+    torch.manual_seed(0)
+    settings = {"num_hidden_layers": 1, "vocab_size": 8, "use_cache": False, **SIZES}
+    model = AutoModel.from_config(LlamaConfig(**settings), dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
+    if provider != HF:
+        patch(model, fuse_residual=provider == RECOMPUTED)
+    kept: dict[int, torch.UntypedStorage] = {}
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if inside and storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    inside: list[bool] = []
+    layer = model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: inside.append(True))
+    layer.register_forward_hook(lambda *_: inside.pop() and None)
+    hidden = torch.randn(1, TOKENS, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
+    rotary = model.rotary_emb(hidden, torch.arange(TOKENS, device=device)[None])
+    model.rotary_emb.forward = lambda *_, **__: rotary
+    given |= {tensor.untyped_storage().data_ptr() for tensor in rotary}
+    with saved_tensors_hooks(pack, lambda tensor: tensor), recompute_norms() if provider == RECOMPUTED else nullcontext():
+        output = model(inputs_embeds=hidden).last_hidden_state
+    ours = sum(storage.nbytes() for storage in kept.values())
+    output.sum().backward()
+    # The flash operator for GPUs also keeps the state of the random numbers of dropout; that for CPUs does not.
+    assert 0 <= small(provider).kept_by("layer") - ours <= 32
+
+
+class EveryProgram(_Programs):
+    """Without bisection."""
+
+    def _sum(self, low: int, high: int, y: int, z: int) -> Counter:
+        return sum((Counter(self._program(x, y, z).moved) for x in range(low, high + 1)), Counter())
+
+
+@pytest.mark.parametrize("provider", [OURS, RECOMPUTED, *PEERS])
+def test_bisection_counts_every_program(provider, monkeypatch):
+    """Of all kernels, where programs do not do the same: 132 of them share 250 rows."""
+    found: list[Launched] = []
+    monkeypatch.setattr(count, "launched", lambda *arguments: found.append(launched(*arguments)) or found[-1])
+    count_layer(SMALL, PROVIDERS[provider], 250, torch.bfloat16)
+    monkeypatch.undo()
+    assert len(found) > 2
+    for one in set(found):
+        bisected = one.moved
+        cost_traffic._moved.cache_clear()
+        with monkeypatch.context() as patch_:
+            patch_.setattr(cost_traffic, "_Programs", EveryProgram)
+            assert one.moved == bisected, one.kernel.__name__
+        cost_traffic._moved.cache_clear()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("variant", ["plain", "residual", "gate"])
+def test_the_audit_counts_the_same(variant, direction):
+    """By another method, from the interpretation of one tile and of two."""
+    problem = Problem(1024, 512, direction, variant)
+    counted = traffic(problem, config.SM_90)
+    ours = Counter()
+    for found in launches_of_problem(problem, config.SM_90):
+        one = launched(found.launch.kernel, found.launch.grid, found.pointers | found.launch.values)
+        ours.update(one.moved._asdict())
+    assert ours["read"] == sum(counted.loaded.values()) - sum(counted.cached.values())
+    assert ours["written"] == sum(counted.stored.values())
+
+
+def operations(function, *tensors: Tensor) -> Cost:
+    """What is counted of a function outside of any model."""
+    counter = SimpleNamespace(total=Cost(), made=lambda tensors: None)
+    counter.add = lambda cost: setattr(counter, "total", counter.total.plus(cost))
+    with count._Operations(counter):
+        function(*tensors)
+    return counter.total
+
+
+OPERATIONS = {  # launches, bytes read and written for fp32 tensors of 10 x 20
+    "views are free": (lambda x: x.t().reshape(20, 5, 2)[3:].unsqueeze(0).detach(), Cost()),
+    "memory is free": (lambda x: (torch.empty_like(x), x.new_empty(7)), Cost()),
+    "an operand that is given twice": (lambda x: x * x, Cost(1, 800, 800)),
+    "an expanded operand": (lambda x: x + x[:1].expand(10, 20), Cost(1, 800 + 80, 800)),
+    "in place": (lambda x: x.add_(1), Cost(1, 800, 800)),
+    "a copy": (lambda x: x.to(torch.float64), Cost(1, 800, 1600)),
+    "into another": (lambda x: torch.empty_like(x).copy_(x), Cost(1, 800, 800)),
+    "a fill": (lambda x: (torch.zeros_like(x), x.zero_()), Cost(2, 0, 1600)),
+    "a transposed copy": (lambda x: x.t().contiguous(), Cost(1, 800, 800)),
+    "a product of matrices": (lambda x: x @ x.t(), Cost(1, 800 + 800, 400)),
+    "a sum": (lambda x: x.sum(0), Cost(1, 800, 80)),
+}
+
+
+@pytest.mark.parametrize(("function", "cost"), OPERATIONS.values(), ids=OPERATIONS)
+def test_operations(function, cost):
+    assert operations(function, torch.empty(10, 20, device="meta")) == cost
+
+
+def test_what_cannot_be_counted(monkeypatch):
+    with pytest.raises(UncountableError, match="not installed"):
+        count_layer(SMALL, PROVIDERS[HF]._replace(package="no_such_package"), TOKENS, torch.bfloat16)
+    with pytest.raises(UncountableError, match="has none of these norms"):
+        count_layer(SMALL, PROVIDERS[HF]._replace(equip=lambda model, norms: 0), TOKENS, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"model must be one of Llama-3-8B, .* got 'llama-3'"):
+        layers.model_of("llama-3")
+
+
+@pytest.fixture
+def record(monkeypatch, tmp_path, capsys) -> dict:
+    """What the command writes for a small model and the providers that are always there, one of which has none of its norms."""
+    monkeypatch.setattr(layers, "MODELS", {"small": SMALL})
+    monkeypatch.setattr(__main__, "MODELS", {"small": SMALL})
+    monkeypatch.setattr(layers, "PROVIDERS", {HF: PROVIDERS[HF], OURS: PROVIDERS[OURS], "none": PROVIDERS[HF]._replace(equip=lambda *_: 0)})
+    monkeypatch.setattr(__main__.records, "RESULTS", tmp_path)
+    assert __main__.main(["--tokens", str(TOKENS)]) == 0
+    (file,) = tmp_path.glob("cost-bf16-96-*.json")
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    assert f"| none | {report.DASH} |" in capsys.readouterr().out
+    return json.loads(file.read_text())
+
+
+def test_record(record):
+    of_hf, of_ours, of_none = record["rows"]
+    assert of_none == {"model": "small", "provider": "none", "reason": "has none of these norms"}
+    for row, provider in ((of_hf, HF), (of_ours, OURS)):
+        for direction in DIRECTIONS:
+            for part in ("norms", "layer"):
+                cost = small(provider).cost(part, direction)
+                total = report.totals(record, row, part, direction)
+                assert (total.launches, total.read, total.written) == (
+                    cost.launches,
+                    pytest.approx(cost.read / TOKENS / 1024),
+                    pytest.approx(cost.written / TOKENS / 1024),
+                )
+        assert report.kept(record, row, "layer") == pytest.approx(small(provider).kept_by("layer") / TOKENS / 1024)
+    table = report.markdown(record)
+    forward, backward = (report.totals(record, of_ours, "norms", direction) for direction in DIRECTIONS)
+    assert f"| ours | 2 of 2 | 4 + 6 | {forward.read:.1f} + {backward.read:.1f} |" in table
+    assert "small, none: has none of these norms." in table
+
+
+def test_picture_shows_the_totals(record):
+    texts = [text.get_text().strip() for axes in report.picture(record).axes for text in axes.texts]
+    moved = [f"{report.totals(record, row, 'norms').moved:.0f}" for row in record["rows"][1::-1]]
+    assert texts[:3] == [report.DASH, *moved]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "olmo2", *MODELS])
+def test_models(name):
+    """Any type of transformers that runs without values, in its own configuration."""
+    ours, theirs = (count_layer(layers.model_of(name), PROVIDERS[provider], 64, torch.bfloat16) for provider in (FUSED, HF))
+    assert ours.computed == ours.norms >= 2
+    assert 0 < ours.counts.cost("norms").moved < theirs.counts.cost("norms").moved
+    assert ours.counts.cost("layer").moved < theirs.counts.cost("layer").moved
+
+
+def test_parts():
+    """What modules inside of norms or beside the layer do."""
+    norm, other = nn.Identity(), nn.Identity()
+    layer = nn.Sequential(norm, other)
+    counter = count._Counter(layer, {norm}, layer)
+    for modules, part in (((), None), ((layer,), "norms"), ((layer, norm), "norms"), ((layer, other), "rest"), ((other,), None)):
+        counter.modules = list(modules)
+        assert counter.part == part
