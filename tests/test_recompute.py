@@ -1,6 +1,10 @@
 """Recomputation of norm outputs: the same bits, exactly the outputs' bytes less, nothing held afterwards, beside the hooks of others."""
 
+import copy
+import functools
 import gc
+import inspect
+import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -8,14 +12,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from variants import id_of, ours
 
-from triton_rmsnorm import RMSNorm, add_rms_norm, recompute, recompute_norms, rms_norm, rms_norm_gated
+from triton_rmsnorm import RMSNorm, add_rms_norm, patch, patched, recompute, recompute_norms, rms_norm, rms_norm_gated, unpatch
 from triton_rmsnorm.reference import Spec
 from triton_rmsnorm.runtime import launch, plan
 from triton_rmsnorm.testing import draw
@@ -659,3 +665,119 @@ def test_planted_defects_are_noticed(plant, check, monkeypatch, device):
     plant(monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check(device=device)
+
+
+def tiny_llama(device: torch.device, head: bool = True, **fields: Any) -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(vocab_size=32, use_cache=False, **sizes, **fields)
+    torch.manual_seed(0)
+    model = (transformers.LlamaForCausalLM if head else transformers.LlamaModel)(config)
+    return model.to(device, torch.bfloat16).train()
+
+
+def step(model: nn.Module, context: Callable[[], AbstractContextManager] = nullcontext) -> Run:
+    """A training step of a language model: all gradients, and the bytes that are kept."""
+    tokens = torch.arange(24, device=next(model.parameters()).device).view(2, 12)
+    model.zero_grad()
+    kept = Kept([*model.parameters(), *model.buffers()])
+    with kept.hooks(), context():
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return Run(loss.detach(), tuple(parameter.grad for parameter in model.parameters()), kept.bytes)
+
+
+OUTPUTS = 5 * 24 * 64 * 2  # bytes of two norms per layer and one at the end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuse_residual", [False, True])
+def test_patch(fuse_residual, device):
+    model = tiny_llama(device)
+    patch(model, fuse_residual=fuse_residual)
+    usual, in_context = step(model), step(model, recompute_norms)
+    assert usual.kept - in_context.kept == OUTPUTS
+    report = patch(model, recompute=True)
+    assert "LlamaForCausalLM  outputs of norms" in str(report) and "recomputed" in str(report)
+    assert "recomputed before" in str(patch(model, fuse_residual=fuse_residual, recompute=True))
+    for once_more in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        less = step(once_more)
+        assert_equal_bits(less, usual)
+        assert_equal_bits(less, in_context)
+        assert usual.kept - less.kept == OUTPUTS
+    unpatch(model)
+    assert type(model) is transformers.LlamaForCausalLM and not any(type(m).__module__.startswith("triton") for m in model.modules())
+
+
+@pytest.mark.slow
+def test_patched(device):
+    model = tiny_llama(device)
+    with patched(model, fuse_residual=True, recompute=True) as report:
+        assert report.replaced == 5 and report.fused == 2
+        kept = step(model).kept
+    assert type(model) is transformers.LlamaForCausalLM
+    with patched(model, fuse_residual=True):
+        assert step(model).kept - kept == OUTPUTS
+
+
+def test_patch_keeps_what_others_look_at(device):
+    model = tiny_llama(device, head=False)
+    tokens = torch.arange(24, device=device).view(2, 12)
+    expected = model(input_ids=tokens, output_hidden_states=True)
+    patch(model, recompute=True)
+    assert str(type(model)) == str(transformers.LlamaModel) and isinstance(model, transformers.LlamaModel)
+    assert inspect.signature(model.forward) == inspect.signature(transformers.LlamaModel(model.config).forward)
+    assert len(model(input_ids=tokens, output_hidden_states=True).hidden_states) == len(expected.hidden_states) == 3
+
+
+def test_patch_of_a_layer_that_is_fused_too(device):
+    layer = tiny_llama(device).model.layers[0]
+    original = type(layer)
+    patch(layer, fuse_residual=True, recompute=True)
+    assert type(layer).__mro__[2] is original
+    unpatch(layer)
+    assert type(layer) is original
+    with patched(layer, fuse_residual=True, recompute=True):
+        assert type(layer).__mro__[2] is original
+    assert type(layer) is original
+
+
+def test_patch_where_the_forward_was_replaced(device):
+    model = tiny_llama(device)
+    model.forward = functools.partial(model.forward)
+    assert "LlamaForCausalLM  outputs of norms" in str(patch(model, recompute=True)) and type(model) is transformers.LlamaForCausalLM
+
+
+def test_patch_needs_a_model():
+    with pytest.raises(TypeError, match=r"target must be a torch.nn.Module for recompute, got 'llama'"):
+        patch("llama", recompute=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])
+def test_gradient_checkpointing_of_a_model(use_reentrant, device):
+    model = tiny_llama(device)
+    patch(model)
+    usual = step(model)
+    patch(model, recompute=True)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    less = step(model)
+    assert_equal_bits(less, usual)
+    model.gradient_checkpointing_disable()
+    assert step(model).kept == usual.kept - OUTPUTS
+
+
+@pytest.mark.slow
+def test_peft(device):
+    """Frozen norms; the first of them gets no gradient and is kept, the others are kept by adapters and computed again."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"])
+    model = peft.get_peft_model(tiny_llama(device), config, autocast_adapter_dtype=False)
+    patch(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    usual = step(model)
+    patch(model, recompute=True)
+    less = step(model)
+    assert_equal_bits(less, usual)
+    assert usual.kept - less.kept == 3 * 24 * 64 * 2

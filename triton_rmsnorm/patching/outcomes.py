@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_rmsnorm.patching.fusion import fused, fusible
+from triton_rmsnorm.patching.fusion import Fusion, fused, fusible
 from triton_rmsnorm.patching.inspection import sounds_like_rms
 from triton_rmsnorm.patching.isolation import isolated
 from triton_rmsnorm.patching.reasons import BEFORE_WRAPPING
 from triton_rmsnorm.patching.recognition import Memory, may_be_norm, recognize
+from triton_rmsnorm.patching.recomputation import Recomputation, recomputing
 from triton_rmsnorm.patching.replacement import is_replacement, replacement
 from triton_rmsnorm.patching.report import Row, Status, in_words
-from triton_rmsnorm.patching.subclass import CannotSubclassError, is_derived, original_of, proof_of
+from triton_rmsnorm.patching.subclass import CannotSubclassError, original_of, proof_of
 
 # A row, but for its count, and the class that the module is to get; None: the module has no row, or gets no class.
 Outcome = tuple[Row | None, type[nn.Module] | None]
@@ -53,7 +54,7 @@ def outcome_of_layer(module: nn.Module, memory: dict) -> Outcome:
     """What becomes of a module as a layer that adds and normalizes."""
     cls = type(module)
     for base in cls.__mro__:
-        if is_derived(base) and not is_replacement(base):
+        if isinstance(proof_of(base), Fusion):
             return Row(original_of(base), str(proof_of(base)), 0, Status.FUSED_BEFORE), None
     try:
         fusion, reason = fusible(module, memory)
@@ -64,6 +65,21 @@ def outcome_of_layer(module: nn.Module, memory: dict) -> Outcome:
         return (Row(cls, str(fusion), 0, Status.FUSED), fused(cls, fusion)) if fusion is not None else (None, None)
     except Exception as error:  # as above
         return Row(cls, "residual add", 0, Status.LEFT_ALONE, f"it cannot be tried: {in_words(error)}"), None
+
+
+def outcome_of_model(model: nn.Module) -> tuple[Row, type[nn.Module] | None]:
+    """What becomes of a model whose forward is to run in `recompute_norms`."""
+    cls = type(model)
+    for base in cls.__mro__:
+        if isinstance(proof_of(base), Recomputation):
+            return Row(original_of(base), "outputs of norms", 0, Status.RECOMPUTED_BEFORE), None
+    reason = wrapped(model)
+    if not reason:
+        try:
+            return Row(original_of(cls), "outputs of norms", 0, Status.RECOMPUTED), recomputing(cls, Recomputation())
+        except CannotSubclassError as error:
+            reason = str(error)
+    return Row(cls, "outputs of norms", 0, Status.LEFT_ALONE, reason), None
 
 
 def outcome_of_class(cls: type[nn.Module], has_instances: bool) -> Row:

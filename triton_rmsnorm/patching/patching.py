@@ -14,14 +14,14 @@ from torch import nn
 
 from triton_rmsnorm.patching.constructors import replace_constructor, restore_constructor
 from triton_rmsnorm.patching.inspection import named_modules
-from triton_rmsnorm.patching.outcomes import outcome, outcome_of_class, outcome_of_layer
+from triton_rmsnorm.patching.outcomes import outcome, outcome_of_class, outcome_of_layer, outcome_of_model
 from triton_rmsnorm.patching.recognition import Memory
 from triton_rmsnorm.patching.report import Report, Row, Status, in_words
 from triton_rmsnorm.patching.subclass import LOCK, assign, is_derived, mark_of
 from triton_rmsnorm.patching.targets import Target, classes_of, instances, replaced_instances
 
 
-def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Report:
+def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False, recompute: bool = False) -> Report:
     """Replaces, in place, every RMS norm of `target` that is proved to compute what one of our functions computes.
 
     Each norm's forward is run on the CPU, on a copy with random weights, and compared with `rms_norm` under all its options; no list of
@@ -38,21 +38,22 @@ def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False) 
         strict: if anything that looks like an RMS norm cannot be replaced, replace nothing and raise.
         fuse_residual: also compute `residual + hidden` together with the replaced norm that directly follows it in the forward of a layer
             of the model, by `add_rms_norm`. A layer's source is rewritten for that, and tried on random input beside the original.
+        recompute: also run the forward of the model in `recompute_norms`, so that autograd keeps less.
 
     Returns:
         A report with a row for each class and outcome. It prints as a table.
 
     Raises:
-        TypeError: target is none of these, or fuse_residual and it is not a model.
+        TypeError: target is none of these, or it is not a model and fuse_residual or recompute is set.
         ValueError: transformers does not know the model type.
         ImportError: target is a model type and transformers is not installed.
         RuntimeError: strict, and something cannot be replaced; the message contains the report.
     """
-    return _patch(target, strict, fuse_residual)[0]
+    return _patch(target, strict, fuse_residual, recompute)[0]
 
 
 def unpatch(target: Target) -> None:
-    """Undoes `patch`: gives every replaced norm and fused layer of `target` its own class again. Tensors stay what they are by now.
+    """Undoes `patch`: replaced norms, fused layers and recomputing models in `target` get their own class again. Tensors stay as they are.
 
     A class, or a model type, is undone for all instances, also those of models that were patched as such, and copies. Fused layers whose
     norms are undone alone add and normalize one after another again. Where something else holds a forward of ours, such as a hook of
@@ -81,7 +82,7 @@ def unpatch(target: Target) -> None:
 
 
 @contextmanager
-def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False) -> Iterator[Report]:
+def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False, recompute: bool = False) -> Iterator[Report]:
     """Patches the target inside a with statement. At the end, also after an exception, exactly what it replaced is restored.
 
     Copies that are made inside, by deepcopy or pickle, stay patched: `unpatch` undoes them.
@@ -90,6 +91,7 @@ def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False
         target: as in patch.
         strict: as in patch.
         fuse_residual: as in patch.
+        recompute: as in patch.
 
     Yields:
         The report.
@@ -100,7 +102,7 @@ def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False
         ImportError: as in patch.
         RuntimeError: as in patch, and at the end as in unpatch.
     """
-    report, modules, constructors = _patch(target, strict, fuse_residual)
+    report, modules, constructors = _patch(target, strict, fuse_residual, recompute)
     try:
         yield report
     finally:
@@ -110,12 +112,13 @@ def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False
             _restore(modules)
 
 
-def _patch(target: Target, strict: bool, fuse_residual: bool) -> tuple[Report, list[nn.Module], list[type]]:
+def _patch(target: Target, strict: bool, fuse_residual: bool, recompute: bool) -> tuple[Report, list[nn.Module], list[type]]:
     """The report, the modules that were given another class, and the classes whose constructors were replaced. All or nothing."""
     classes = classes_of(target)
     model = target if isinstance(target, nn.Module) else None
-    if fuse_residual and model is None:
-        raise TypeError(f"target must be a torch.nn.Module for fuse_residual, got {target!r}")
+    if (fuse_residual or recompute) and model is None:
+        option = "fuse_residual" if fuse_residual else "recompute"
+        raise TypeError(f"target must be a torch.nn.Module for {option}, got {target!r}")
     modules: list[nn.Module] = []
     constructors: list[type] = []
     with LOCK:
@@ -127,6 +130,12 @@ def _patch(target: Target, strict: bool, fuse_residual: bool) -> tuple[Report, l
                 raise RuntimeError(f"not every RMS norm can be replaced:\n{Report(tuple(rows))}")
             if fuse_residual and model is not None:
                 rows += _fuse_layers(model, modules)
+            if recompute and model is not None:
+                row, cls = outcome_of_model(model)
+                rows += _counted([("", row)])
+                if cls is not None:
+                    modules.append(model)
+                    assign(model, cls)
         except BaseException:
             for cls in constructors:
                 restore_constructor(cls)
@@ -185,8 +194,7 @@ def _restore(modules: Iterable[nn.Module]) -> None:
         if not is_derived(cls) and any(map(is_derived, cls.__mro__)):
             raise RuntimeError(f"a replaced norm or layer has become a {cls.__name__} since: undo that first")
     for module in modules:
-        mark = mark_of(type(module))
-        if mark is not None:
+        while (mark := mark_of(type(module))) is not None:  # a model that is a layer, too, may have two
             own = vars(module).get("forward")
             if isinstance(own, functools.partial) and own.func is mark.forward:  # see replacement.py
                 del vars(module)["forward"]

@@ -12,6 +12,8 @@ class Status(str, Enum):
     TO_COME = "to come"  # of a class: instances will be replaced when they are built
     FUSED = "fused"  # layers whose residual add is computed together with a norm
     FUSED_BEFORE = "fused before"
+    RECOMPUTED = "recomputed"  # a model whose backward computes the outputs of norms again
+    RECOMPUTED_BEFORE = "recomputed before"
     LEFT_ALONE = "left alone"
 
     def __str__(self) -> str:

@@ -1,0 +1,41 @@
+"""The subclass of a model's class whose forward runs in `recompute_norms`."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from triton_rmsnorm.patching.subclass import Mark, derived
+from triton_rmsnorm.recompute import recompute_norms
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Stands where other classes that we make have a proof: there is nothing to prove, because no bit changes."""
+
+
+def recomputing(original: type[nn.Module], recomputation: Recomputation) -> type[nn.Module]:
+    """The subclass of `original` whose forward runs in `recompute_norms`.
+
+    Raises:
+        CannotSubclassError: the class of the original does not allow this.
+    """
+
+    def finish(cls: type) -> None:
+        # Transformers finds what a model can return, hidden states for example, by the name of its class.
+        type.__setattr__(cls, "__module__", original.__module__)
+        type.__setattr__(cls, "__qualname__", original.__qualname__)
+
+    return derived(original, recomputation, original.__name__, _forward, recomputing, lambda model: True, finish)
+
+
+def _forward(mark: Mark) -> Callable:
+    run_original = mark.forward
+
+    def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
+        with recompute_norms():
+            return run_original(self, *args, **named)
+
+    return functools.wraps(run_original)(forward)
