@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import LARGE, run_of, timed
 from torch.nn import functional as F
 
 from bench import plot, providers, records
@@ -338,26 +339,12 @@ def test_ours_must_be_right(bench_run, monkeypatch):
     assert bench_run() == 1
 
 
-def row(problem, provider, us, **fields):
-    timing = {"us": us, "low_us": us - 1, "high_us": us + 1, "calls": 9, "gb_per_s": problem.bytes / us / 1000}
-    about = {"problem": problem._asdict(), "provider": provider, "bytes": problem.bytes, "status": "measured", "note": ""}
-    return {**about, **timing, **fields}
-
-
-LARGE = [Problem(problems.rows(n), n, direction) for n in (1024, 4096) for direction in ("forward", "backward")]
-
-
-def made_up(*rows) -> dict:
-    metadata = {"gpu": "none", "torch": "2", "triton": "3", "commit": "c", "date": "2026-01-01T00:00:00+00:00"}
-    return {"suite": "quick", "metadata": metadata, "absent": {"QuACK": "ImportError: none"}, "rows": list(rows)}
-
-
 def test_report():
-    rows = [row(problem, name, us) for problem in LARGE for name, us in ((CEILING, 90), (OURS, 100), ("Liger", 200), (EAGER, 800))]
-    rows += [row(Problem(1, 64), OURS, 40), row(Problem(1, 64), "Liger", 30), row(Problem(1, 64), EAGER, 90)]
-    rows += [row(Problem(2, 64), OURS, 40.5), row(Problem(2, 64), "Liger", 40)]
-    rows += [row(Problem(3, 64), OURS, 40), row(Problem(3, 64), "Liger", 1, status="unsupported", note="no")]
-    lines = report.markdown([made_up(*rows)]).splitlines()
+    rows = [timed(problem, name, us) for problem in LARGE for name, us in ((CEILING, 90), (OURS, 100), ("Liger", 200), (EAGER, 800))]
+    rows += [timed(Problem(1, 64), OURS, 40), timed(Problem(1, 64), "Liger", 30), timed(Problem(1, 64), EAGER, 90)]
+    rows += [timed(Problem(2, 64), OURS, 40.5), timed(Problem(2, 64), "Liger", 40)]
+    rows += [timed(Problem(3, 64), OURS, 40), timed(Problem(3, 64), "Liger", 1, status="unsupported", note="no")]
+    lines = report.markdown([run_of(*rows)]).splitlines()
     assert "| 131072 x 1024 forward bf16 | 100.0 | 5369 | 90.0% | Liger | 200.0 | 2.00x |" in lines
     assert "| 3 x 64 forward bf16 | 40.0 | 0 |  |  |  |  |" in lines
     mean = (2 * 2 * 0.75 * 40 / 40.5) ** 0.25
@@ -373,19 +360,26 @@ def test_report():
 def test_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     assert plot.main([]) == 1 and "no results" in capsys.readouterr().out
-    rows = [row(problem, name, us) for problem in LARGE for name, us in ((CEILING, 90), (OURS, 100), ("Liger", 200))]
+    rows = [timed(problem, name, us) for problem in LARGE for name, us in ((CEILING, 90), (OURS, 100), ("Liger", 200))]
     for stamp in ("20260101", "20260102"):
-        (tmp_path / f"run-quick-none-{stamp}.json").write_text(json.dumps(made_up(*rows)))
+        (tmp_path / f"run-quick-none-{stamp}.json").write_text(json.dumps(run_of(*rows)))
     assert plot.main([]) == 0
     (picture,) = tmp_path.glob("*.png")
     assert picture.name == "run-quick-none-20260102.png" and picture.stat().st_size > 20_000
     assert str(picture) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rows", [[row(LARGE[0], OURS, 100)], []], ids=["one row", "nothing"])
+def test_both_directions_fit_their_axes():
+    rows = [timed(problem, OURS, 100 if problem.direction == "forward" else 10) for problem in LARGE]
+    for axes in report.picture([run_of(*rows)]).axes[:2]:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0 and all(line.get_ydata().max() < top for line in axes.lines)
+
+
+@pytest.mark.parametrize("rows", [[timed(LARGE[0], OURS, 100)], []], ids=["one row", "nothing"])
 def test_plot_of_what_is_there(rows, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # cannot be imported: it would choose the caller's backend
-    report.picture([made_up(*rows)]).savefig(tmp_path / "plot.png")
+    report.picture([run_of(*rows)]).savefig(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=str)

@@ -84,14 +84,15 @@ def clusters(request) -> Iterator[None]:
 
 
 SHORT = [1, 2, 64, 127, 128, 256, 768, 1023, 2048, 4096, 5120, 8192]
-LONG = [8193, 12288, 16384, 20000, 32768, 65536, 100_000, 131_072]
-DTYPES = [(F16, F16), (BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)]
+LONG = [8193, 12288, 20_000, 32_768, 65_536, 131_072]
+SAME = [(BF16, BF16), (F32, F32)]
+GRID = [("plain", *dtypes) for dtypes in [*SAME, (F16, F16), (BF16, F32), (F32, BF16)]]
+GRID += [(kind, *dtypes) for kind in KINDS if kind != "plain" for dtypes in SAME]
 
 
 @pytest.mark.parametrize("n", SHORT)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES, ids=id_of)
-def test_grid(dtype, weight_dtype, kind, n):
+@pytest.mark.parametrize(("kind", "dtype", "weight_dtype"), GRID, ids=id_of)
+def test_grid(kind, dtype, weight_dtype, n):
     Problem(kind, 199, n, dtype, weight_dtype).check()
 
 

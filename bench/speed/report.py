@@ -136,11 +136,12 @@ def picture(runs: list[dict]) -> "Figure":
                 line = {"color": style.VERMILLION} if marker == "o" else {"color": "#404040", "linestyle": ""}
                 ratios.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=5, **line)
         ratios.axhline(1, color="black", linewidth=0.8)
-        speeds.set(title=f"{direction}: plain, bf16, {rows(4096) * 4096 >> 20} Mi elements", xscale="log", ylim=(0, None))
+        speeds.set(title=f"{direction}: plain, bf16, {rows(4096) * 4096 >> 20} Mi elements", xscale="log")
         ratios.set(xlabel="N (columns)")
         ratios.set_xscale("log", base=2)
         for axis in (speeds, ratios):
             axis.grid(alpha=0.3)
+    axes[0, 0].set_ylim(bottom=0)  # which both have, once all is drawn
     axes[0, 0].set_ylabel("GB/s (bytes that have to be moved)")
     axes[1, 0].set_ylabel("best peer's time / ours")
     for axis in axes[:, 0]:

@@ -1,0 +1,1 @@
+"""Everything that one GPU can tell about the package, by one command."""

@@ -1,0 +1,205 @@
+"""The page of a record: losses first, then what was measured, with pictures; all of it from record.json alone."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import style
+from bench.speed import host, report
+from bench.speed.report import Comparison
+from bench.train import report as training
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GOAL = {"forward": 0.95, "backward": 0.90}  # of a copy in the same run
+REHEARSAL = "REHEARSAL with stand-ins, not a measurement"
+PAGE = "record.md"
+
+
+def write(out: Path, record: dict[str, Any]) -> None:
+    """Pictures of what there is, and the page that shows them."""
+    shown: list[str] = []
+    for name, draw, alt in PICTURES:
+        figure = draw(record)
+        if figure is None:
+            continue
+        if record["rehearsal"]:
+            _mark(figure)
+            alt = f"{REHEARSAL}: {alt}"
+        figure.savefig(out / name, dpi=110)
+        shown.append(f"![{alt}]({name})\n\n*{alt}.*")
+    (out / PAGE).write_text("\n".join(markdown(record, shown)) + "\n")
+
+
+def markdown(record: dict[str, Any], pictures: list[str]) -> list[str]:
+    about = record["metadata"]
+    versions = ", ".join(f"{key} {value}" for key, value in about.items() if value not in ("", False) and key not in ("gpu", "date"))
+    lines = [
+        f"# {REHEARSAL if record['rehearsal'] else 'RMSNorm on ' + about['gpu']}",
+        "",
+        f"`python -m bench.record`, {about['date']}: {versions}.",
+    ]
+    runs = measured(record)
+    compared = report.comparisons(runs)
+    lines += ["", "## Losses", "", *losses(compared)]
+    lines += ["", "## Steps", "", "| step | outcome | minutes | |", "|---|---|--:|---|"]
+    for name, step in record["steps"].items():
+        note = step["note"].replace("|", "\\|")
+        lines.append(f"| {name}: {step['what']} | {step['status']} | {step['minutes']:.1f} | {note} |")
+    for picture in pictures:
+        lines += ["", picture]
+    for name, title, columns, cells in TABLES:
+        rows = _rows(record, name)
+        if rows:
+            lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'--:|' * len(columns)}"]
+            lines += [f"| {' | '.join(map(str, row))} |" for row in cells(rows)]
+    if runs:
+        lines += ["", "## Every problem", "", report.markdown(runs)]
+    return lines
+
+
+def losses(compared: list[Comparison]) -> list[str]:
+    """Where a peer is faster, then where a copy is faster by more than the goal allows; the worst first."""
+    lines = []
+    judged = [(one.speedup(one.best_peer), one) for one in compared if one.speedup(one.best_peer)]
+    lost = sorted((entry for entry in judged if entry[0] < 1), key=lambda entry: entry[0])
+    lines.append(f"Slower than the best peer in {len(lost)} of {len(judged)} problems." if judged else "No peer was measured.")
+    for speedup, one in lost:
+        lines.append(f"- {one.problem}: {speedup:.2f} times as fast as {one.best_peer} ({one.ours['us']:.1f} µs)")
+    goals = [(one.of_ceiling, one) for one in compared if one.of_ceiling and one.problem.direction in GOAL]
+    below = sorted((entry for entry in goals if entry[0] < GOAL[entry[1].problem.direction]), key=lambda entry: entry[0])
+    if goals:
+        bounds = " and ".join(f"{goal:.0%} ({direction})" for direction, goal in GOAL.items())
+        lines += ["", f"Below {bounds} of the bandwidth of a copy in {len(below)} of {len(goals)} problems."]
+        lines += [f"- {one.problem}: {part:.1%}" for part, one in below]
+    return lines
+
+
+def measured(record: dict[str, Any]) -> list[dict]:
+    """The runs of the benchmark: where they overlap, the last one counts."""
+    return [content for kind in ("run-quick", "run-full") for content in _files(record, kind)]
+
+
+def _files(record: dict[str, Any], kind: str) -> list[dict]:
+    return [content for name, content in sorted(record["files"].items()) if name.startswith(f"{kind}-")]
+
+
+def _rows(record: dict[str, Any], step: str) -> Any:
+    result = record["steps"].get(step, {}).get("result") or {}
+    return result.get("rows")
+
+
+def _speed(record: dict[str, Any]) -> "Figure | None":
+    runs = measured(record)
+    return report.picture(runs) if runs else None
+
+
+def _bars(record: dict[str, Any]) -> "Figure | None":
+    """How much faster than the best peer, problem by problem, losses at the top; and beside it the part of a copy's bandwidth."""
+    from matplotlib.figure import Figure
+
+    compared = [one for one in report.comparisons(measured(record)) if one.speedup(one.best_peer)]
+    if not compared:
+        return None
+    compared.sort(key=lambda one: one.speedup(one.best_peer))
+    figure = Figure(figsize=(11, 1.6 + 0.2 * len(compared)), layout="constrained")
+    ratios, parts = figure.subplots(1, 2, sharey=True)
+    places = range(len(compared))
+    speedups = [one.speedup(one.best_peer) for one in compared]
+    ratios.barh(
+        places, [value - 1 for value in speedups], left=1, color=[style.VERMILLION if value < 1 else style.BLUE for value in speedups]
+    )
+    ratios.set(xlabel="time of the best peer / ours (left of 1: a loss)", xlim=(0, 1.08 * max(1, *speedups)))
+    ratios.set_yticks(places, [f"{one.problem}: {one.best_peer}" for one in compared], fontsize=7)
+    for at, value in zip(places, speedups, strict=True):
+        ratios.annotate(f"{value:.2f}", (max(value, 1), at), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    below = [one.of_ceiling is not None and one.of_ceiling < GOAL.get(one.problem.direction, 0) for one in compared]
+    parts.barh(places, [100 * (one.of_ceiling or 0) for one in compared], color=[style.VERMILLION if low else style.BLUE for low in below])
+    parts.axvline(100, color=style.BLACK, linewidth=0.8)
+    parts.set(xlabel="% of the bandwidth of a copy (vermillion: below the goal)")
+    ratios.invert_yaxis()
+    for axes in (ratios, parts):
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(f"Losses first: RMSNorm on {record['metadata']['gpu']}, {record['metadata']['date'][:10]}", fontsize=10)
+    return figure
+
+
+def _training(record: dict[str, Any]) -> "Figure | None":
+    found = _files(record, "train")
+    if not found or not any(run["status"] == "measured" for run in found[-1]["runs"].values()):
+        return None
+    result = found[-1]
+    if record["rehearsal"]:  # with all panels, for which the interpreter has no figures
+        runs = {name: run | {"peak_bytes": 2**30} for name, run in result["runs"].items()}
+        result = result | {"interpreted": False, "runs": runs}
+    return training.picture(result)
+
+
+def _host(record: dict[str, Any]) -> "Figure | None":
+    found = _files(record, "host")
+    return host.picture(found[-1]) if found else None
+
+
+PICTURES: tuple[tuple[str, Callable[[dict[str, Any]], "Figure | None"], str], ...] = (
+    ("losses.png", _bars, "Every problem beside the best peer, and beside a copy, losses first"),
+    (
+        "speed.png",
+        _speed,
+        "Speed over the row length with a copy as the ceiling, and the time of the best peer by ours; forward and backward",
+    ),
+    ("training.png", _training, "Losses, time of a step and memory in training"),
+    ("host.png", _host, "The host's time per call"),
+)
+
+
+def _ratio(us: float | None, other: float) -> str:
+    return "" if us is None else f"{other / us:.2f}"
+
+
+def _persistent(rows: list[dict]) -> Iterator[tuple]:
+    for row in rows:
+        config = ", ".join(f"{key} {value}" for key, value in (row["persistent"] or {}).items())
+        yield (
+            row["n"],
+            row["copy_us"],
+            row["flat_us"],
+            row["persistent_us"] or "",
+            _ratio(row["flat_us"], row["persistent_us"] or 0),
+            config,
+        )
+
+
+def _first_use(rows: list[dict]) -> Iterator[tuple]:
+    for row in rows:
+        yield row["n"], row["direction"], row["seconds"], row["analytic_us"], row["us"], _ratio(row["us"], row["analytic_us"])
+
+
+def _memory(rows: dict[str, dict]) -> Iterator[tuple]:
+    for name, row in rows.items():
+        seconds = row["step_seconds"]
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
+        yield name, f"{1000 * seconds[1]:.1f}" if seconds else row["note"], peak
+
+
+TABLES: tuple[tuple[str, str, tuple[str, ...], Callable[[Any], Iterator[tuple]]], ...] = (
+    (
+        "persistent",
+        "A flat forward against a persistent one (bf16)",
+        ("N", "copy, µs", "flat, µs", "persistent, µs", "persistent / flat", "fastest persistent configuration"),
+        _persistent,
+    ),
+    (
+        "first use",
+        "Tuning at the first use of a key (bf16, same bits)",
+        ("N", "direction", "seconds", "untuned, µs", "tuned, µs", "times as fast"),
+        _first_use,
+    ),
+    ("memory", "Training steps of four layers of a 1B Llama", ("", "step, ms", "peak, GiB"), _memory),
+)
+
+
+def _mark(figure: "Figure") -> None:
+    title = figure.get_suptitle()
+    figure.suptitle(f"{REHEARSAL}\n{title}", fontsize=10, color=style.VERMILLION)
+    figure.text(0.5, 0.5, "REHEARSAL", ha="center", va="center", rotation=25, fontsize=70, alpha=0.12, color=style.VERMILLION, zorder=9)
