@@ -11,7 +11,7 @@ from bench.record.run import RECORD
 from triton_rmsnorm.runtime import table
 
 README = records.ROOT / "README.md"
-MARK = "<!-- Results measured on a GPU go here, with the GPU, the versions and the command. -->"
+MARK = "<!--bench.record-->"
 PICTURE = "speed.png"
 
 
@@ -43,22 +43,18 @@ def apply(out: Path) -> list[Path]:
             records.write(target, content, lines="rows" if "rows" in content else None)
         written.append(target)
     if (picture := path.with_name(f"{path.stem}-{PICTURE}")).exists():
-        _show(picture, page, record["metadata"])
+        _show(picture, page)
         written.append(README)
     for each in written:
         print(each)
     return written
 
 
-def _show(picture: Path, page: Path, about: dict) -> None:
-    """README's picture, below its mark, in place of the one before."""
+def _show(picture: Path, page: Path) -> None:
+    """README's picture, which leads to the page, below its mark and in place of the one before. Its title has the GPU and the versions."""
     text = README.read_text()
     if MARK not in text:
         raise ValueError(f"README.md must contain {MARK!r}")
     where, link = (each.relative_to(records.ROOT).as_posix() for each in (picture, page))
-    caption = (
-        f"{about['gpu']}, torch {about['torch']}, Triton {about['triton']}, `python -m bench.record`: [all results, losses first]({link})."
-    )
-    shown = f"{MARK}\n![Speed over the row length]({where})\n\n{caption}\n"
-    before = re.escape(MARK) + r"\n(!\[.*\n\n.*\n)?"
-    README.write_text(re.sub(before, lambda _: shown, text, count=1))
+    before = re.escape(MARK) + r"\n(\[!\[.*\n\n)?"
+    README.write_text(re.sub(before, lambda _: f"{MARK}\n[![Speed]({where})]({link})\n\n", text, count=1))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import style
+from bench.record.steps import STEPS
 from bench.speed import host, report
 from bench.speed.report import Comparison
 from bench.train import report as training
@@ -44,7 +45,8 @@ def markdown(record: dict[str, Any], pictures: list[str]) -> list[str]:
     compared = report.comparisons(runs)
     lines += ["", "## Losses", "", *losses(compared)]
     lines += ["", "## Steps", "", "| step | outcome | minutes | |", "|---|---|--:|---|"]
-    for name, step in record["steps"].items():
+    order = list(STEPS)
+    for name, step in sorted(record["steps"].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
         note = step["note"].replace("|", "\\|")
         lines.append(f"| {name}: {step['what']} | {step['status']} | {step['minutes']:.1f} | {note} |")
     for picture in pictures:
@@ -61,12 +63,7 @@ def markdown(record: dict[str, Any], pictures: list[str]) -> list[str]:
 
 def losses(compared: list[Comparison]) -> list[str]:
     """Where a peer is faster, then where a copy is faster by more than the goal allows; the worst first."""
-    lines = []
-    judged = [(one.speedup(one.best_peer), one) for one in compared if one.speedup(one.best_peer)]
-    lost = sorted((entry for entry in judged if entry[0] < 1), key=lambda entry: entry[0])
-    lines.append(f"Slower than the best peer in {len(lost)} of {len(judged)} problems." if judged else "No peer was measured.")
-    for speedup, one in lost:
-        lines.append(f"- {one.problem}: {speedup:.2f} times as fast as {one.best_peer} ({one.ours['us']:.1f} µs)")
+    lines = report.wins_and_losses(compared)
     goals = [(one.of_ceiling, one) for one in compared if one.of_ceiling and one.problem.direction in GOAL]
     below = sorted((entry for entry in goals if entry[0] < GOAL[entry[1].problem.direction]), key=lambda entry: entry[0])
     if goals:

@@ -211,15 +211,15 @@ def small() -> None:
 STEPS = {
     step.name: step
     for step in (
-        Step("tests", "the tests that only a GPU can answer (pytest -m gpu)", gpu_tests, 4, 6, 8),
-        Step("self-check", "python -m triton_rmsnorm", self_check, 0.6, 1, 1),
-        Step("ceiling", "the bandwidth of a copy, with a cold L2", ceiling, 0.3, 0.4, 2),
-        Step("tune", "bench.tune for the most used keys", tune, 1, 8, 6),
-        Step("quick", "bench.run --suite quick", quick, 1.3, 4, 0),
-        Step("full", "bench.run --suite full", full, 2.5, 12, 7),
-        Step("persistent", "a flat forward against a persistent one", persistent, 0.7, 2, 3),
+        Step("tests", "the tests that only a GPU can answer (pytest -m gpu)", gpu_tests, 2, 5, 6),
+        Step("self-check", "python -m triton_rmsnorm", self_check, 0.25, 0.5, 1),
+        Step("ceiling", "the bandwidth of a copy, with a cold L2", ceiling, 0.2, 0.3, 2),
+        Step("tune", "bench.tune for the most used keys", tune, 1, 8, 7),
+        Step("quick", "bench.run --suite quick", quick, 2, 4, 0),
+        Step("full", "bench.run --suite full", full, 2.5, 12, 8),
+        Step("persistent", "a flat forward against a persistent one", persistent, 0.6, 1.2, 3),
         Step("first use", "what tuning at the first use costs and gains", first_use, 0.7, 1, 5),
-        Step("host", "bench.host", host, 0.6, 1, 4),
+        Step("host", "bench.host", host, 0.4, 0.8, 4),
         Step("memory", "training steps with and without recompute_norms", memory, 1, 2, 9),
         Step("train", "bench.train --preset 1b --compare", train, 3, 9, 10),
         Step("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 1, 3, 11),

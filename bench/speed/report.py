@@ -66,7 +66,7 @@ def markdown(runs: list[dict]) -> str:
         lines.append(f"| {' | '.join([str(comparison.problem), *mine, *theirs])} |")
     for direction in DIRECTIONS:
         lines += _means(direction, [comparison for comparison in compared if comparison.problem.direction == direction])
-    lines += _wins_and_losses(compared)
+    lines += wins_and_losses(compared)
     eager = sorted({row["note"] for run in runs for row in run["rows"] if row["provider"] == "torch eager" and row["note"]})
     lines += ["", f"torch eager took: {', '.join(eager)}"] if eager else []
     reasons = [f"- {name} is absent: {reason}" for name, reason in runs[-1]["absent"].items()]
@@ -90,7 +90,8 @@ def _means(direction: str, compared: list[Comparison]) -> list[str]:
     return ["", f"Geometric means, {direction}: {', '.join(means)}."] if means else []
 
 
-def _wins_and_losses(compared: list[Comparison]) -> list[str]:
+def wins_and_losses(compared: list[Comparison]) -> list[str]:
+    """How many there are against the best peer, and the losses, the worst first."""
     judged = [comparison for comparison in compared if comparison.ours and comparison.best_peer]
     losses = [comparison for comparison in judged if comparison.speedup(comparison.best_peer) < 1]
     lines = ["", f"Against the best peer: {len(judged) - len(losses)} wins, {len(losses)} losses."]
