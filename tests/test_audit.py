@@ -149,7 +149,7 @@ def test_exceptions_are_no_wider_than_said():
     [
         ("sm_90", PLAIN, {"resident": 5}, "has 20 warps per SM, not 24"),
         ("sm_90", PLAIN, {"in_flight": 30000}, "has 1.15 of the bytes in flight, not 1.2"),
-        ("sm_100", PLAIN, {"in_flight": 30000}, "has 0.70 of the bytes in flight, not 1.1"),
+        ("sm_100", PLAIN, {"in_flight": 29000}, "has 0.68 of the bytes in flight, not 0.7"),
         ("sm_90", PLAIN, {"per_element": 12.1}, "takes 12.1 instructions per element, more than 12"),
         ("sm_90", PLAIN, {"num_warps": 8, "per_element": 14.6}, "takes 14.6 instructions per element, more than 14.5"),
     ],
@@ -314,7 +314,7 @@ SMALL = Device("small", "cuda", num_sms=2, shared_memory=SM_90.shared_memory)
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("variant", "n"), [("plain", 96), ("plain", 40000), ("groups", 96), ("residual_fp32", 1000), ("gate_first", 1000)])
+@pytest.mark.parametrize(("variant", "n"), [("plain", 96), ("plain", 17000), ("groups", 96), ("residual_fp32", 1000), ("gate_first", 1000)])
 def test_bytes_of_all_rows_follow_from_those_of_two_tiles(variant, n):
     from bench.audit.traffic import count, traffic
 

@@ -149,8 +149,10 @@ def per_element(code: Code, row_tensors: dict[str, Tensor]) -> float:
         for store in (True, False)
     )
     moved, names = (code.work.stored, stored) if stored else (code.work.loaded, loaded)
-    if not code.work.loops:  # exactly; a loop has copies of its accesses around it, and others do not concern rows
-        moved = sum(access.width for access in code.accesses if access.pointer in names and (access.kind == "store") == bool(stored))
+    if not code.work.loops:  # what concerns rows is known exactly, times the loops that the assembler unrolled
+        alike = [access for access in code.accesses if (access.kind == "store") == bool(stored)]
+        copies = round(moved / sum(access.width for access in alike))
+        moved = max(1, copies) * sum(access.width for access in alike if access.pointer in names)
     return round(code.work.instructions * sum(row_tensors[name].itemsize for name in names) / moved, 1)
 
 

@@ -12,7 +12,6 @@ from bench.audit.rows import ROWS, Row
 from bench.problem import VARIANTS, Problem
 
 WARPS = {8192: 24, 131072: 16}  # resident per SM in the forward on sm_90, for up to so many columns
-IN_FLIGHT = 1.2  # bytes in flight, as multiples of what keeps the memory busy
 
 
 def read_once(target: str, problem: Problem) -> int:
@@ -49,7 +48,7 @@ def may_spill(target: str, problem: Problem) -> float:
 
     It is 0 on sm_90 and sm_100, except in the backward
 
-    - of more than 8192 columns, where a thread holds 64 elements: 176 (640 where rows are not aligned). An H200 was fastest this way, at 85
+    - of more than 8192 columns, where a thread holds 64 elements: 192 (640 where rows are not aligned). An H200 was fastest this way, at 85
       to 92 % of a copy (measured for up to 32768 columns);
     - of a gate around which values are rounded, at 4096 columns, where fewer elements per thread would cost more (not measured).
 
@@ -58,7 +57,7 @@ def may_spill(target: str, problem: Problem) -> float:
     if target not in ("sm_90", "sm_100"):
         return inf
     if problem.direction == "backward" and problem.n > 8192:
-        return 176 if problem.layout == "contiguous" else 640
+        return 192 if problem.layout == "contiguous" else 640
     return 88 if problem.variant == "gate_rounded" and problem.direction == "backward" and problem.n > 2048 else 0
 
 
@@ -69,6 +68,7 @@ def instructions(problem: Problem, kernel: Kernel) -> float:
 
     - With 16 elements per thread, addresses, masks and sums weigh more: 14.5 and 19. An H200 was as fast with them, or faster, at 95 to
       100 % of a copy (measured), so instructions are not what limits it.
+    - A backward of more than 8192 columns has 64 elements per thread and spills, above all where some columns are masked: 20.
     - A residual is one more tensor to load, to round and to store: 18 and 20. Roundings of x_hat or rstd: 15.5 and 19.
     - A gate takes an exponential and a division: 33 and 44; gelu with its erf, and roundings around it: 50 and 68.
     - fp64 has half of the lanes and no fast reciprocal square root: 50 and 50.
@@ -84,6 +84,8 @@ def instructions(problem: Problem, kernel: Kernel) -> float:
         return 18 if forward else 20
     if problem.variant == "rounded_twice":
         return 15.5 if forward else 19
+    if problem.n > 8192 and not forward:
+        return 20
     few = kernel.block_m * kernel.block_n <= 16 * 32 * kernel.num_warps * kernel.num_ctas
     return (14.5 if forward else 19) if few else (12 if forward else 15)
 
@@ -92,9 +94,9 @@ def hidden_latency(row: Row, kernel: Kernel) -> list[str]:
     """What a kernel lacks to hide the latency of memory.
 
     It needs, on sm_90, 24 warps per SM in the forward of up to 8192 columns and 16 beyond, and on every target 1.2 times the bytes in
-    flight that keep its memory busy. For sm_100 it is 1.1, and 0.75 where rows are read in blocks: the configurations were chosen on an
-    H200, which has little more than half of its bandwidth per SM. Not looked at are rows that are not contiguous, fewer than 64 columns,
-    and a backward that 8192 rows do not fill.
+    flight that keep its memory busy; 1.1 times where more than a quarter of a tile is masked, and 0.7 times on sm_100: the configurations
+    were chosen on an H200, which has little more than half of its bandwidth per SM. Not looked at are rows that are not contiguous, fewer
+    than 64 columns, and a backward that 8192 rows do not fill.
     """
     problem, target = row.problem, TARGETS[row.target]
     if problem.layout != "contiguous" or problem.n < 64 or (problem.direction == "backward" and not kernel.persistent):
@@ -103,7 +105,7 @@ def hidden_latency(row: Row, kernel: Kernel) -> list[str]:
     wanted = next((warps for columns, warps in WARPS.items() if problem.n <= columns), 0)
     if row.target == "sm_90" and problem.direction == "forward" and kernel.warps < wanted:
         found.append(f"{kernel.name} has {kernel.warps} warps per SM, not {wanted}")
-    least = IN_FLIGHT if row.target != "sm_100" else 0.75 if kernel.block_n < problem.n else 1.1
+    least = 0.7 if row.target == "sm_100" else 1.1 if problem.n < 0.75 * kernel.block_n else 1.2
     if kernel.in_flight < least * target.latency_bytes:
         found.append(f"{kernel.name} has {kernel.in_flight / target.latency_bytes:.2f} of the bytes in flight, not {least}")
     return found
