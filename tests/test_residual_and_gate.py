@@ -38,7 +38,7 @@ def check(inputs: Inputs, spec: Spec) -> None:
     assert_within_budget(results, expected(inputs, dy, spec, dresidual_out))
 
 
-@pytest.mark.parametrize(("m", "n"), [(199, 1), (19, 127), (199, 768), (19, 1000), (7, 4096), (3, 16385), (0, 8)])
+@pytest.mark.parametrize(("m", "n"), [(199, 1), (19, 127), (45, 768), (3, 4097), (0, 8)])
 @pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=id_of)
 def test_residual_columns(dtype, m, n, device):
     check(problem(m, n, dtype, dtype, device, residual_dtype=dtype), Spec((n,), EPS))
@@ -54,7 +54,7 @@ def test_residual_mixed_dtypes(dtype, residual_dtype, weight_dtype, device):
 
 
 @pytest.mark.parametrize("norm_before_gate", [True, False])
-@pytest.mark.parametrize(("m", "n"), [(199, 1), (199, 768), (19, 1000), (3, 16385), (0, 8)])
+@pytest.mark.parametrize(("m", "n"), [(199, 1), (45, 768), (3, 4097), (0, 8)])
 @pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=id_of)
 def test_gate_columns(dtype, m, n, norm_before_gate, device):
     spec = Spec((n,), EPS, activation="silu", norm_before_gate=norm_before_gate)
@@ -77,11 +77,12 @@ def test_gate_mixed_dtypes_and_groups(dtype, gate_dtype, weight_dtype, norm_befo
 
 
 @pytest.mark.parametrize("stand_in", [config.SM_80, config.SM_90], ids=lambda device: device.name)
-@pytest.mark.parametrize("n", [200, 4096, 9000, 20000])
+@pytest.mark.parametrize("n", [200, 4096, 20000])
 def test_configurations_of_gpus(n, stand_in, device, run_as):
     run_as(stand_in)
-    check(problem(9, n, BF16, F32, device, residual_dtype=F32), Spec((n,), EPS))
-    check(problem(9, n, F32, F32, device, gate_dtype=F32), Spec((n,), EPS, activation="silu", norm_before_gate=False))
+    m, weight_dtype = max(3, 9000 // n), F32 if n < 10_000 else None  # the sum of dw takes a program for every 32 columns
+    check(problem(m, n, BF16, weight_dtype, device, residual_dtype=F32), Spec((n,), EPS))
+    check(problem(m, n, F32, weight_dtype, device, gate_dtype=F32), Spec((n,), EPS, activation="silu", norm_before_gate=False))
 
 
 def test_rounding_before_the_gate(device):

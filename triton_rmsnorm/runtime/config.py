@@ -103,8 +103,8 @@ CLUSTER_SMS = 7 / 8
 BLOCKED_COLUMNS = 8192
 # The interpreter needs 1 to 2 ms per program, so its tiles are tall. Its limits are low, so that tests reach every path with short rows.
 INTERPRETER_TILE = 1 << 16
-INTERPRETER_FORWARD_COLUMNS = 16384
-INTERPRETER_BACKWARD_COLUMNS = 8192
+INTERPRETER_FORWARD_COLUMNS = 4096
+INTERPRETER_BACKWARD_COLUMNS = 2048  # and columns per step of longer rows
 
 
 def next_power_of_2(n: int) -> int:
@@ -123,7 +123,7 @@ def _interpreted(key: Key, device: Device) -> Config:
     forward = key.direction == "forward"
     limit = INTERPRETER_FORWARD_COLUMNS if forward else INTERPRETER_BACKWARD_COLUMNS
     columns = next_power_of_2(key.n)
-    block_n = columns if columns <= limit else BLOCKED_COLUMNS
+    block_n = columns if columns <= limit else INTERPRETER_BACKWARD_COLUMNS
     # Two programs, so that the loop over tiles and the sum of partial dw are exercised.
     programs = 0 if forward else device.num_sms
     return Config(max(1, INTERPRETER_TILE // block_n), block_n, 1, programs=programs, weight_first=not forward)
@@ -188,7 +188,7 @@ def _itemsize(key: Key) -> int:
 def reduction_config(n: int, device: Device) -> Config:
     """The configuration of the sum of partial dw over `n` columns. Narrow blocks of 128 bytes per row let many programs share the work."""
     if device.backend == "interpreter":
-        return Config(1024, min(1024, next_power_of_2(n)), 1)
+        return Config(2, min(INTERPRETER_TILE, next_power_of_2(n)), 1)  # as many rows as there are programs
     # All partials at once where there are few programs to hide the latency of a second round.
     return Config(256, 32, 8) if n <= 8192 else Config(64, 32, 4)
 
