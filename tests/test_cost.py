@@ -22,7 +22,9 @@ from bench.cost.layers import FUSED, HF, MODELS, OURS, PROVIDERS, RECOMPUTED, Mo
 from bench.cost.traffic import Launched, UncountableError, _Programs, launched
 from bench.problem import Problem
 from triton_rmsnorm import patch, recompute_norms
-from triton_rmsnorm.runtime import config
+from triton_rmsnorm.runtime import config, launch
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="bytes are counted in the interpreter")
 
 HIDDEN, HEADS, INTERMEDIATE, TOKENS = 256, 4, 512, 96
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}

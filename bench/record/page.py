@@ -18,18 +18,19 @@ REHEARSAL = "REHEARSAL with stand-ins, not a measurement"
 PAGE = "record.md"
 
 
-def write(out: Path, record: dict[str, Any]) -> None:
-    """Pictures of what there is, and the page that shows them."""
+def write(out: Path, record: dict[str, Any], draw: bool = True) -> None:
+    """The page, and the pictures of what there is: drawn, or those that are there."""
     shown: list[str] = []
-    for name, draw, alt in PICTURES:
-        figure = draw(record)
-        if figure is None:
-            continue
+    for name, figure_of, alt in PICTURES:
+        figure = figure_of(record) if draw else None
         if record["rehearsal"]:
-            _mark(figure)
             alt = f"{REHEARSAL}: {alt}"
-        figure.savefig(out / name, dpi=110)
-        shown.append(f"![{alt}]({name})\n\n*{alt}.*")
+        if figure is not None:
+            if record["rehearsal"]:
+                _mark(figure)
+            figure.savefig(out / name, dpi=110)
+        if (out / name).exists():
+            shown.append(f"![{alt}]({name})\n\n*{alt}.*")
     (out / PAGE).write_text("\n".join(markdown(record, shown)) + "\n")
 
 

@@ -1,5 +1,6 @@
 """Runs the steps of a record within its minutes and keeps what there is after each of them, and meanwhile."""
 
+import copy
 import json
 import os
 import signal
@@ -87,11 +88,12 @@ class Recorder:
         for step in todo:
             if step not in left:
                 self._note(step, Outcome("out of time", f"needs {step.least:g} minutes"), 0.0)
-        self.save()
+        self.save(draw=True)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             self._restore(folder)
             while left:
+                before = copy.deepcopy(self.record["files"])
                 step, remaining = left[0], (end - self.clock()) / 60
                 if remaining < step.least:
                     self._note(step, Outcome("out of time", f"{max(0.0, remaining):.1f} minutes were left, it needs {step.least:g}"), 0.0)
@@ -101,7 +103,7 @@ class Recorder:
                     print(f"{at} {step.name}: {step.what}; up to {allotted:.1f} of {remaining:.1f} minutes", flush=True)
                     self._do(step, folder, allotted)
                 left.pop(0)
-                self.save()
+                self.save(draw=self.record["files"] != before)
 
     def _do(self, step: Step, folder: Path, minutes: float) -> None:
         start = self.clock()
@@ -115,8 +117,8 @@ class Recorder:
 
     def _note(self, step: Step, outcome: Outcome, minutes: float) -> None:
         known = self.record["steps"].get(step.name)
-        if outcome.status == "out of time" and known and known["result"] is not None:
-            return  # of an earlier day
+        if outcome.status == "out of time" and known and known["status"] == "partial":
+            return  # what an earlier day left is still there
         self.record["steps"][step.name] = {"what": step.what, **outcome._asdict(), "minutes": round(minutes, 2)}
 
     def _in_process(self, step: Step, folder: Path, minutes: float) -> Outcome:
@@ -140,7 +142,7 @@ class Recorder:
                     if time.monotonic() > looked + LOOK:  # of what is not finished, the last state is kept, too
                         looked = time.monotonic()
                         self._collect(folder)
-                        self.save(pictures=False)
+                        self.save()
                         print(f"    {(looked - start) / 60:.1f} of {minutes:.1f} minutes", flush=True)
             finally:
                 late = process.poll() is None
@@ -167,10 +169,9 @@ class Recorder:
                 except (OSError, ValueError):  # being replaced
                     continue
 
-    def save(self, pictures: bool = True) -> None:
+    def save(self, draw: bool = False) -> None:
         records.write(self.out / RECORD, self.record, lines="files")
-        if pictures:
-            page.write(self.out, self.record)
+        page.write(self.out, self.record, draw)
 
 
 def _cut(path: Path) -> None:

@@ -138,13 +138,12 @@ def memory(folder: Path, minutes: float) -> Outcome:
     from dataclasses import replace
 
     from bench.train.job import PRESETS, read_text
-    from bench.train.providers import BASELINE, CONTROL, RECOMPUTED
+    from bench.train.providers import BASELINE, RECOMPUTED
     from bench.train.run import compare
 
     job = PRESETS["1b"]
     job = replace(job, steps=job.steps // 4, device=records.gpu(), sizes=job.sizes | {"num_hidden_layers": 4})
-    runs = compare(job, read_text(None), (BASELINE, CONTROL, "ours", RECOMPUTED))
-    del runs[CONTROL]
+    runs = compare(job, read_text(None), (BASELINE, "ours", RECOMPUTED))
     rows = {
         name: {
             "status": run.status,
