@@ -3,6 +3,7 @@
     python -m bench.hf_census                       all of it; writes docs/hf_census.json and, from it, docs/hf_census.md
     python -m bench.hf_census --types llama t5      some model types; prints
     python -m bench.hf_census --page                writes the page again from its data
+    python -m bench.hf_census --pretrained          Gemma 3 270M with trained weights instead; writes bench/results/pretrained-*.json
 
 Without a GPU the kernels run in Triton's interpreter: then this is about what is computed, not about how a GPU rounds.
 
@@ -40,7 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--json", type=Path, help=f"file for all results ({DATA.relative_to(records.ROOT)} where all types are tried)")
     parser.add_argument("--page", action="store_true", help="try nothing, but write the page of what was found before")
+    parser.add_argument("--pretrained", action="store_true", help="try a model with trained weights instead, from packages on the index")
     args = parser.parse_args(argv)
+    if args.pretrained:
+        from bench.census.pretrained import pretrained
+
+        pretrained()
+        return 0
     for reason in filter(None, map(unknown, args.types or ())):
         parser.error(f"--types {reason}")
 

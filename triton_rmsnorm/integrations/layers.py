@@ -4,6 +4,7 @@ What such a name promises differs from class to class: "RMSNorm" is on classes t
 it. So the forward here looks at the module that it is called for, and runs what `patch` would give it, or else its class's own forward.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ LAYERS = {"RMSNorm": RMSNorm, "RMSNormGated": RMSNormGated, "RMSNormZeroCentered
 
 # Forwards by name: a constant that torch.compile can hold on to, where it cannot follow how a module is recognized.
 _FORWARDS = SimpleNamespace()
+_replaced_forward = functools.cache(replaced_forward)
 _NAMES: weakref.WeakKeyDictionary[nn.Module, tuple[type, str]] = weakref.WeakKeyDictionary()
 
 
@@ -45,7 +47,7 @@ def _forward_for(module: nn.Module) -> str:
         cls = type(module)
         verdict = None if is_replacement(cls) else recognize(module)
         norm = None if verdict is None else verdict.norm
-        forward: Callable = cls.forward if norm is None else replaced_forward(cls, norm)
+        forward: Callable = cls.forward if norm is None else _replaced_forward(cls, norm)
         name = f"{cls.__name__}_{id(forward)}"
         setattr(_FORWARDS, name, forward)
         _NAMES[module] = cls, name
