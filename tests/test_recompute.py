@@ -8,7 +8,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -307,19 +307,24 @@ def test_second_backward_without_retain_graph_is_an_error(attention, x):
         loss.backward()
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["after", "inside"])
-def test_double_backward(inside, attention, x):
+@pytest.mark.parametrize("context", [recompute_norms, save_on_cpu])
+@pytest.mark.parametrize("until", range(3), ids=["forward", "backward", "double backward"])
+def test_double_backward(until, context, attention, x):
+    """With the context around the forward alone, around the backward, too, or around all."""
+
     def gradients(context: Callable[[], AbstractContextManager]) -> tuple[Tensor, ...]:
         leaf = x.clone().requires_grad_()
-        with context():
+        with ExitStack() as stack:
+            stack.enter_context(context())
             loss = attention(leaf).square().sum()
-            if inside:
-                (dx,) = torch.autograd.grad(loss, [leaf], create_graph=True)
-        if not inside:
+            if until == 0:
+                stack.close()
             (dx,) = torch.autograd.grad(loss, [leaf], create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), [leaf, *attention.parameters()], allow_unused=True)
+            if until == 1:
+                stack.close()
+            return torch.autograd.grad(dx.square().sum(), [leaf, *attention.parameters()], allow_unused=True)
 
-    for usual, less in zip(gradients(nullcontext), gradients(recompute_norms), strict=True):
+    for usual, less in zip(gradients(nullcontext), gradients(context), strict=True):
         assert (usual is None) == (less is None)
         assert usual is None or torch.equal(less, usual)
 

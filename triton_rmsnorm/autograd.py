@@ -5,6 +5,8 @@ torch.library.custom_op with register_autograd does not serve here: torch.func.g
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,8 +124,9 @@ class TransformableBackward(torch.autograd.Function):
             outputs = composed_backward(tuple(filled.values()), spec, x_dtype, needs)
             return tuple(outputs[i] for i in used)
 
-        pullback = torch.func.vjp(composed, *(tensors[i] for i in present))[1]
-        gradients = dict(zip(present, pullback(tuple(cotangents[i] for i in used)), strict=True))
+        with _without_hooks():
+            pullback = torch.func.vjp(composed, *(tensors[i] for i in present))[1]
+            gradients = dict(zip(present, pullback(tuple(cotangents[i] for i in used)), strict=True))
         return *(gradients.get(i) for i in range(len(tensors))), None, None, None, None
 
     @staticmethod
@@ -222,6 +225,20 @@ def needs_grad(tensors: Tensors) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Without hooks for saved tensors, which torch.func refuses."""
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def is_direct(tensors: Tensors) -> bool:
