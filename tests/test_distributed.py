@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
@@ -324,6 +325,33 @@ IN_BF16 = {"dtype": torch.bfloat16, "steps": 12, "learning_rate": 1e-2}
 def fsdp_trains_the_same_in_bf16():
     difference, tolerance = losses("fsdp", 1, **IN_BF16)
     assert difference <= tolerance < 1e-1, (difference, tolerance)
+
+
+@check_on(2)
+def fsdp_recomputes_outputs_of_norms():
+    """Its weights are freed between the forward and the backward, in which they are gathered again before anything is computed again."""
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    from triton_rmsnorm import RMSNorm, recompute_norms
+
+    def gradients(context) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(RMSNorm(32), nn.Linear(32, 32)) for _ in range(3)))
+        for layer in model:
+            fully_shard(layer, mesh=mesh(), reshard_after_forward=True)
+        fully_shard(model, mesh=mesh())
+        x = draw((dist.get_rank() + 2, 32), torch.float32, CPU)
+        with launch.recorded() as launches:
+            with context():
+                loss = model(x).square().sum()
+            loss.backward()
+        again.append(sum(found.step == "output" for found in launches))
+        return [parameter.grad.to_local() for parameter in model.parameters()]
+
+    again: list[int] = []
+    usual, less = gradients(nullcontext), gradients(recompute_norms)
+    assert all(map(torch.equal, usual, less)) and again == [0, 3]
 
 
 @check

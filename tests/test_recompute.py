@@ -5,8 +5,10 @@ import functools
 import gc
 import inspect
 import pickle
+import re
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -16,6 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
+from processes import compiled
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -786,3 +789,52 @@ def test_peft(device):
     less = step(model)
     assert_equal_bits(less, usual)
     assert usual.kept - less.kept == 3 * 24 * 64 * 2
+
+
+def arithmetic() -> dict[tuple, dict[str, Counter]]:
+    """The instructions of fp32 arithmetic of forwards and of the kernel that computes their outputs again, compiled for a GPU."""
+    from bench.audit.compile import TARGETS, compile_for
+
+    found = {}
+    for name, options in COMPILED.items():
+        x = torch.empty(64, 4096, dtype=torch.bfloat16, device="meta")
+        gate = x if "activation" in options else None
+        spec, weight, rstd = Spec((4096,), 1e-6)._replace(**options), x[0], torch.empty(64, 1, device="meta")
+        with launch.pretend(TARGETS["sm_90"].device, "meta"), launch.recorded(run=False) as launches:
+            plan.forward((x, weight, None, gate), spec)
+            plan.output(x, weight, gate, rstd, spec, x.dtype)
+        for one in launches:
+            pointers = [*one.pointers.values(), *one.launch.arguments]
+            code = compile_for(one.launch.kernel, pointers, one.launch.options, TARGETS["sm_90"].gpu).asm["ptx"]
+            found.setdefault(name, {})[one.step] = Counter(re.findall(r"\b(?:mul|add|sub|fma|mad|ex2|div|rcp)\S*\.f32\b", code))
+    return found
+
+
+COMPILED = {
+    "plain": {},
+    "offset": {"weight_offset": 1.0},
+    "silu": {"activation": "silu"},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh first": {"activation": "gelu_tanh", "norm_before_gate": False},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
+def test_compiled_code():
+    """Of the same instructions as a forward, without those for the mean: rounded one by one, so a compiler has no choice between bits."""
+    for name, steps in compiled(arithmetic).items():
+        assert steps["output"] <= steps["forward"], name
+        assert steps["output"].total() and not steps["output"].keys() & {"mul.f32", "add.f32", "sub.f32", "fma.f32", "mad.f32"}, name
+
+
+@pytest.mark.slow
+def test_compiled_model(device, again):
+    """Compiled as a whole, a model with the option is what it is without."""
+    model = tiny_llama(device)
+    patch(model)
+    usual = step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    patch(model, recompute=True)
+    assert_equal_bits(step(torch.compile(model, backend="aot_eager", fullgraph=True)), usual)
+    assert not again
