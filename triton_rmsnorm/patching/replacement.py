@@ -194,13 +194,22 @@ def _compute(module: nn.Module, norm: Norm, x: Tensor, weight: Tensor | None, ga
         return rms_norm(x, shape, factor, eps, **options)
     if norm.strides == "contiguous":
         return rms_norm(x, shape, factor, eps, **options).contiguous()
-    # The output has the dimensions in the same order in memory as x.
-    strides = torch.empty_like(x, device="meta").stride()
-    order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
+    order = _memory_order(torch.empty_like(x, device="meta").stride())
     inverse = sorted(range(x.dim()), key=lambda dim: order[dim])
     if order[-norm.dims :] == list(range(x.dim()))[-norm.dims :]:
         return rms_norm(x.permute(order), shape, factor, eps, **options).permute(inverse)
     return rms_norm(x, shape, factor, eps, **options).permute(order).contiguous().permute(inverse)
+
+
+def _memory_order(strides: tuple[int, ...]) -> list[int]:
+    """Dimensions from the outermost to the innermost in memory. The strides may be symbolic, which `sorted` does not take."""
+    order: list[int] = []
+    for dim, stride in enumerate(strides):
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < stride:
+            place -= 1
+        order.insert(place, dim)
+    return order
 
 
 def _epsilon(module: nn.Module, norm: Norm) -> Any:
