@@ -423,17 +423,14 @@ def test_kernels_are_not_traced(device):
 
 def fp64_instructions() -> list[str]:
     """The instructions in fp64 that are left in the forward for fp32 input, compiled for sm_90."""
-    import triton
-    from compile_offline import TARGETS, Driver, Pointer
+    from bench.audit.compile import TARGETS, compile_for
 
-    triton.runtime.driver.set_active(Driver(TARGETS[config.SM_90]))
     x, weight = (torch.empty(shape, device="meta") for shape in ((64, 4096), (4096,)))
     with launch.pretend(config.SM_90, on="meta"), launch.recorded(run=False) as launches:
         rms_norm(x, (4096,), weight)
     (forward,) = launches
-    prepared = forward.launch
-    pointers = [None if tensor is None else Pointer(torch.float32, 64) for tensor in forward.pointers.values()]
-    ptx = prepared.kernel.warmup(*pointers, *prepared.arguments, grid=prepared.grid, **prepared.options).asm["ptx"]
+    arguments = [*forward.pointers.values(), *forward.launch.arguments]
+    ptx = compile_for(forward.launch.kernel, arguments, forward.launch.options, TARGETS["sm_90"].gpu).asm["ptx"]
     assert "rsqrt.approx" in ptx
     return sorted(set(re.findall(r"\b[a-z0-9.]*[.]f64\b[a-z0-9.]*", ptx)))
 
