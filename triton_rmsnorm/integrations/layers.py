@@ -35,7 +35,7 @@ LAYERS = {"RMSNorm": RMSNorm, "RMSNormGated": RMSNormGated, "RMSNormZeroCentered
 
 # Forwards by name: a constant that torch.compile can hold on to, where it cannot follow how a module is recognized.
 _FORWARDS = SimpleNamespace()
-_replaced_forward = functools.cache(replaced_forward)
+_replaced_forward: Callable[..., Callable] = functools.cache(replaced_forward)
 _NAMES: weakref.WeakKeyDictionary[nn.Module, tuple[type, str]] = weakref.WeakKeyDictionary()
 
 
