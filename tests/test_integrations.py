@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 import triton_rmsnorm
-from triton_rmsnorm import recompute
 
 PAGE = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
 # The Python blocks under each heading.
@@ -107,10 +105,7 @@ def test_blocks_of_the_page(block, tiny, alone, launches):
 def test_axolotl(tiny):
     """The plugin of the page, in a training run of axolotl: losses are what they are without it."""
     yaml = pytest.importorskip("yaml")
-    axolotl = pytest.importorskip("triton_rmsnorm.integrations.axolotl", exc_type=ImportError)
-    trainer = SimpleNamespace(compute_loss=lambda: recompute.active)
-    axolotl.TritonRMSNormPlugin().post_trainer_create(SimpleNamespace(triton_rmsnorm_recompute=True), trainer)
-    assert (recompute.active, trainer.compute_loss(), recompute.active) == (0, 1, 0)
+    pytest.importorskip("axolotl")
     config = {
         "base_model": str(tiny),
         "datasets": [{"path": str(tiny / "data.jsonl"), "ds_type": "json", "type": "completion"}],

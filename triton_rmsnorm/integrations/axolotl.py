@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from torch import nn
 
 from triton_rmsnorm.patching import patch
-from triton_rmsnorm.recompute import recompute_norms
 
 
 class TritonRMSNormArgs(BaseModel):
@@ -33,9 +32,5 @@ class TritonRMSNormPlugin(BasePlugin):
         return f"{__name__}.TritonRMSNormArgs"
 
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
-        # axolotl shows what is logged under its own name.
-        get_logger(f"axolotl.{__name__}").info("%s", patch(model, fuse_residual=bool(cfg.triton_rmsnorm_fuse_residual)))
-
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        if cfg.triton_rmsnorm_recompute:
-            trainer.compute_loss = recompute_norms()(trainer.compute_loss)
+        options = {name: bool(cfg[f"triton_rmsnorm_{name}"]) for name in ("fuse_residual", "recompute")}
+        get_logger(f"axolotl.{__name__}").info("%s", patch(model, **options))  # axolotl shows what is logged under its own name
