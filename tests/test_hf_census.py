@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from bench import records
 from bench.census import __main__ as command
 from bench.census import compare as compare_module
+from bench.census import run as run_module
 from bench.census.classes import classes_of
 from bench.census.compare import DEVICE, census, compare
 from bench.census.page import differences, page
@@ -24,7 +25,7 @@ LLAMA = "transformers.models.llama"
 
 def record_of(results: list[dict]) -> dict:
     """As it is read from the file."""
-    return json.loads(json.dumps({"metadata": METADATA, "processor_seconds": 1, "results": results}))
+    return json.loads(json.dumps({"metadata": METADATA, "results": results}))
 
 
 METADATA = records.metadata() | {"machine": "a machine"}
@@ -101,6 +102,30 @@ def test_a_failure_of_patch_is_a_difference(monkeypatch):
     assert differences([census("llama")]) == ["llama: ZeroDivisionError: division by zero"]
     monkeypatch.setattr(compare_module, "tiny_model", lambda *_: 1 / 0)
     assert differences([census("llama")]) == []
+
+
+def test_a_run_that_ended_early_goes_on(tmp_path, monkeypatch):
+    """With what is done, unless the code or versions are others."""
+    given = []
+
+    def in_processes(function, tasks, *_):
+        given.append([name for _, name in tasks])
+        for task in tasks:
+            yield task, {task[0]: task[1], "stage": "run"}, ""
+            if task[1] == "llama" and len(given) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "in_processes", in_processes)
+    progress = tmp_path / "progress"
+    with pytest.raises(KeyboardInterrupt):
+        run_module.run(["bert", "llama", "t5"], 1, METADATA, progress)
+    results = run_module.run(["bert", "llama", "t5"], 1, METADATA | {"date": "later"}, progress)
+    assert given[1] == ["t5", *(f"transformers.models.{name}" for name in ("bert", "llama", "t5"))]
+    assert [one.get("type") or one["package"] for one in results] == given[0]
+    assert not progress.exists()
+    progress.write_text(json.dumps({"other": "versions"}) + '\n{"type": "bert"}\n')
+    run_module.run(["bert"], 1, METADATA, progress)
+    assert given[2] == ["bert", "transformers.models.bert"]
 
 
 def test_unknown_types(capsys):

@@ -5,6 +5,8 @@
     python -m bench.hf_census --page                writes the page again from its data
     python -m bench.hf_census --pretrained          Gemma 3 270M with trained weights instead; writes bench/results/pretrained-*.json
 
+A run that ended early goes on where it was when the command is given again with the same code and versions.
+
 Without a GPU the kernels run in Triton's interpreter: then this is about what is computed, not about how a GPU rounds.
 
 A model is run forward and backward (random weights of all outputs make the loss) as it is and patched, in fp32 and in bf16, beside the
@@ -21,7 +23,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
 
@@ -55,10 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.page:
         record = json.loads((data or DATA).read_text())
     else:
-        results = run(args.types or model_types(), args.workers)
-        record = {"metadata": records.metadata() | {"machine": _machine()}}
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        record |= {"processor_seconds": round(usage.ru_utime + usage.ru_stime), "results": results}
+        metadata = records.metadata() | {"machine": _machine()}
+        results = run(args.types or model_types(), args.workers, metadata, (data or DATA).with_suffix(".part.jsonl"))
+        record = {"metadata": metadata, "results": results}
         if data:
             records.write(data, record, lines="results")
     text = page(record)

@@ -170,7 +170,7 @@ def _moved(model: nn.Module, seed: int) -> nn.Module:
 
 def row_of(row) -> dict:
     """A row of a report, without what is empty."""
-    fields = {name: getattr(row, name) for name in ("semantics", "count", "status", "reason", "resembles")}
+    fields = {name: getattr(row, name) for name in ("semantics", "count", "reason", "resembles")} | {"status": row.status.value}
     return {"name": row.cls.__name__, **{name: value for name, value in fields.items() if value}}
 
 

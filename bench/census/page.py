@@ -48,8 +48,8 @@ def page(record: dict) -> str:
         "also on its own. How exactly is described at the top of [`bench/census/__main__.py`](../bench/census/__main__.py). Results for",
         "every model type and every class are in [hf_census.json](hf_census.json).",
         "",
-        f"Written by `python -m bench.hf_census` on {about['date'][:10]}, in {record['processor_seconds']} s of processor time: "
-        f"transformers {about['transformers']}, torch {about['torch']}, Triton {about['triton']}, {about['machine']}.",
+        f"Written by `python -m bench.hf_census` on {about['date'][:10]}: transformers {about['transformers']}, torch {about['torch']}, "
+        f"Triton {about['triton']}, {about['machine']}.",
         "",
         *_table(
             ("", "number"),

@@ -1,5 +1,6 @@
 """Tasks in processes, where a task that kills its process or hangs costs only itself."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError, as_completed
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+from bench import records
 from bench.census.classes import classes_of
 from bench.census.compare import census
 from bench.census.page import differences
@@ -22,19 +25,43 @@ TASKS = 200  # per process, whose memory grows with what it has imported
 SECONDS = 600  # after which a task is killed
 
 
-def run(types: list[str], workers: int) -> list[dict]:
-    """Results for every model type, and for every package that their models come from."""
+def run(types: list[str], workers: int, metadata: dict, progress: Path) -> list[dict]:
+    """Results for every model type, and for every package that their models come from.
+
+    Args:
+        types: model types.
+        workers: number of processes.
+        metadata: what results depend on.
+        progress: file to which results are appended as they come. Those of a run that ended early, with the same metadata except the date,
+            are taken from there.
+    """
     packages = sorted({f"transformers.models.{model_type_to_module_name(one)}" for one in types})
     tasks = [("type", one) for one in types] + [("package", one) for one in packages]
-    results = []
-    with tqdm(total=len(tasks), unit="task", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
-        for (kind, name), result, failure in in_processes(_run, tasks, workers, SECONDS):
+    head = json.dumps(records.undated(metadata)) + "\n"
+    before, *lines = progress.read_text().splitlines(keepends=True) if progress.exists() else [""]
+    results = [json.loads(line) for line in lines if line.endswith("\n")] if before == head else []
+    results = [one for one in results if _task(one) in tasks]
+    done = {_task(one) for one in results}
+    with (
+        progress.open("w") as file,
+        tqdm(total=len(tasks), initial=len(done), unit="task", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar,
+    ):
+        file.writelines([head, *(json.dumps(one) + "\n" for one in results)])
+        for (kind, name), result, failure in in_processes(_run, [task for task in tasks if task not in done], workers, SECONDS):
             results.append(result or {kind: name, "stage": "run", "error": failure, "differs": failure})
+            file.write(json.dumps(results[-1]) + "\n")
+            file.flush()
             bar.set_postfix_str(name.rpartition(".")[2], refresh=False)
             bar.update()
             for line in differences(results[-1:]):
                 bar.write(line)
-    return sorted(results, key=lambda result: ("package" in result, result.get("type") or result["package"]))
+    progress.unlink()
+    return sorted(results, key=lambda result: ("package" in result, _task(result)))
+
+
+def _task(result: dict) -> tuple[str, str]:
+    kind = "type" if "type" in result else "package"
+    return kind, result[kind]
 
 
 def _run(task: tuple[str, str]) -> dict:

@@ -40,17 +40,13 @@ def ours_fused(model: nn.Module) -> nn.Module:
 
 
 def ours_recomputed(model: nn.Module) -> nn.Module:
-    from triton_rmsnorm import recompute_norms
-
-    model = _patched(model)
-    model.forward = recompute_norms()(model.forward)
-    return model
+    return _patched(model, recompute=True)
 
 
-def _patched(model: nn.Module, fuse_residual: bool = False) -> nn.Module:
+def _patched(model: nn.Module, fuse_residual: bool = False, recompute: bool = False) -> nn.Module:
     from triton_rmsnorm import patch
 
-    report = patch(model, fuse_residual=fuse_residual)
+    report = patch(model, fuse_residual=fuse_residual, recompute=recompute)
     if not report.replaced or (fuse_residual and not report.fused):
         raise RuntimeError(f"patch found nothing to replace:\n{report}")
     tqdm.write(f"{report}\n")
