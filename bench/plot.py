@@ -1,7 +1,7 @@
 """`python -m bench.plot [FILE ...]`: draws results, by default the newest of bench.run and of bench.audit, beside their files.
 
-Files of bench.run are taken together, in one picture beside the first, and are also printed. Files of bench.audit, bench.host and
-bench.train get a picture each.
+Files of bench.run are taken together, in one picture beside the first, and are also printed. Files of bench.audit, bench.cost,
+bench.host and bench.train get a picture each.
 """
 
 import argparse
@@ -10,10 +10,12 @@ from pathlib import Path
 
 from bench import records
 from bench.audit import picture
+from bench.cost import report as cost
 from bench.speed import host, report
 from bench.train import report as training
 
-PICTURES = {"audit": picture.picture, "host": host.picture, "train": training.picture}  # by the first word of a file's name
+# By the first word of a file's name.
+PICTURES = {"audit": picture.picture, "cost": cost.picture, "host": host.picture, "train": training.picture}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         counted = list(map(count, options.model))
     record = {"metadata": records.metadata(), "tokens": options.tokens, "dtype": options.dtype, "rows": [*chain(*counted)]}
-    file = records.path("cost", record["metadata"], f"{options.dtype}-{options.tokens}")
+    of_others = [] if options.model == [*MODELS] else options.model
+    file = records.RESULTS / f"{'-'.join(['cost', options.dtype, str(options.tokens), *of_others])}.json"  # the same at each run
     records.write(file, record, lines="rows")
     report.picture(record).savefig(file.with_suffix(".png"), dpi=140)
     print(report.markdown(record))

@@ -3,7 +3,7 @@
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -146,31 +146,26 @@ class _OnPaper(TorchFunctionMode):
 
 
 @contextmanager
-def _as_on_gpu() -> Iterator[None]:
-    """Peers see as many multiprocessors as the GPU that ours is configured for has."""
-    properties = SimpleNamespace(multi_processor_count=GPU.num_sms)
-    with mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties):
-        try:
+def _as_on_gpu(package: str | None) -> Iterator[None]:
+    """A peer's package sees as many multiprocessors as the GPU that ours is configured for has."""
+    with ExitStack() as stack:
+        if package == "liger_kernel":
             liger = importlib.import_module("liger_kernel.ops.rms_norm")
-        except ImportError:
-            pass
-        else:
             backward = liger.rms_norm_backward
 
             def on_paper(*args: Any, **kwargs: Any) -> Any:
-                with mock.patch.object(liger, "device_context", lambda _: nullcontext()), _OnPaper():
+                with _OnPaper():
                     return backward(*args, **kwargs)
 
-            mock.patch.object(liger, "rms_norm_backward", on_paper).start()
-        try:
+            properties = SimpleNamespace(multi_processor_count=GPU.num_sms)
+            stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties))
+            stack.enter_context(mock.patch.object(liger, "device_context", lambda _: nullcontext()))
+            stack.enter_context(mock.patch.object(liger, "rms_norm_backward", on_paper))
+        elif package == "fla":
             for name in ("fla.modules.norm.layernorm", "fla.modules.norm.fused_norm_gate"):
-                mock.patch.object(importlib.import_module(name), "get_multiprocessor_count", lambda *_: GPU.num_sms).start()
-        except ImportError:
-            pass
-        try:
-            yield
-        finally:
-            mock.patch.stopall()
+                module = importlib.import_module(name)
+                stack.enter_context(mock.patch.object(module, "get_multiprocessor_count", lambda *_: GPU.num_sms))
+        yield
 
 
 HF, OURS, FUSED, RECOMPUTED = "Hugging Face eager", "ours", "ours, residual fused", "ours, fused, recomputed"
@@ -242,7 +237,7 @@ def count_layer(model: Model, provider: Provider, tokens: int, dtype: torch.dtyp
     hidden = torch.empty(1, tokens, built.config.get_text_config().hidden_size, dtype=dtype, device="meta", requires_grad=True)
     modeling = importlib.import_module(type(built).__module__)
     left_out = mock.patch.object(modeling, model.uncounted, _free) if model.uncounted else nullcontext()
-    with _as_on_gpu(), left_out:
+    with _as_on_gpu(provider.package), left_out:
         counts = count(built, layer, {module for module, _ in norms}, {"inputs_embeds": hidden}, provider.context)
     return Counted(counts, min(computed, len(norms)), len(norms))
 

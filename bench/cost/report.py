@@ -1,6 +1,6 @@
 """Counts of bench.cost as Markdown and as a picture: KB per token and layer.
 
-record = json.loads(records.newest("cost").read_text())
+record = json.loads((records.RESULTS / "cost-bf16-4096.json").read_text())
 print(markdown(record))
 picture(record)  # a figure of matplotlib
 """
@@ -78,7 +78,8 @@ def notes(record: dict) -> list[str]:
         "Per token and decoder layer, forward + backward: first the norms with the additions to the residual stream, then the whole layer.",
         "Of them: how many of the layer's norms the provider computes. The others are Hugging Face's.",
         "Operations of torch count as one launch that reads each input once and writes each output once. Loads and stores of Triton "
-        "kernels are counted in Triton's interpreter; a tensor that all programs read, such as the weight, counts once per launch.",
+        "kernels are counted in Triton's interpreter, with the configuration for an H100, or the first one of a peer that tunes itself; a "
+        "tensor that all programs read, such as the weight, counts once per launch.",
         "Kept for the backward: each storage once, without parameters and position embeddings.",
         "Attention is one launch each way. The layer of Qwen3.5-9B is counted without its gated delta rule, whose kernels need a GPU.",
         *reasons,
