@@ -108,6 +108,16 @@ def test_tensors_from_inference_mode_feed_training(variant: Variant, at, device)
         torch.testing.assert_close(ours, theirs)
 
 
+def test_tensors_that_outlive_torch_func(device):
+    """torch.func leaves wrappers around what is kept beyond it: they are what they hold, with a gradient and without."""
+    left = []
+    torch.func.grad(lambda x: left.append(x * 2) or left[0].sum())(draw((3, N), torch.float32, device))
+    for weight in (None, torch.ones(N, device=device, requires_grad=True)):
+        assert torch.equal(rms_norm(left[0], (N,), weight), rms_norm(left[0].clone(), (N,), weight))
+        with torch.no_grad():
+            assert torch.equal(rms_norm(left[0], (N,), weight), rms_norm(left[0].clone(), (N,), weight))
+
+
 def replace_data(weight: Tensor) -> None:
     weight.data = weight.new_empty(0)
 

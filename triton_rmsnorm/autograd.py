@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from triton_rmsnorm import recompute, reference
-from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec
+from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, InputTuple, Needs, OutputTuple, Spec
 from triton_rmsnorm.runtime import plan
 
 Tensors = tuple[Tensor | None, ...]
@@ -25,11 +25,9 @@ class RMSNormFunction(torch.autograd.Function):
     """y, or (y, x + residual), for plain eager. Saves what is normalized (x, or x + residual), the weight, the gate and rstd."""
 
     @staticmethod
-    def run(inputs: Inputs, spec: Spec) -> Outputs:
-        if inputs.residual is None:
-            return Outputs(_apply(RMSNormFunction, inputs, spec), None, None)
-        y, residual_out = _apply(RMSNormFunction, inputs, spec)
-        return Outputs(y, None, residual_out)
+    def run(inputs: InputTuple, spec: Spec) -> OutputTuple:
+        outputs = _apply(*inputs, spec)
+        return (outputs, None, None) if inputs[2] is None else (outputs[0], None, outputs[1])
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec) -> Any:
@@ -47,6 +45,10 @@ class RMSNormFunction(torch.autograd.Function):
         return _gradients(ctx, dy, dresidual_out)
 
 
+# Without the part of Function.apply that is for torch.func, which never comes this way.
+_apply = super(torch.autograd.Function, RMSNormFunction).apply
+
+
 class TransformableForward(torch.autograd.Function):
     """The same for torch.func and for the operator: (y, rstd) or (y, rstd, x + residual).
 
@@ -54,13 +56,13 @@ class TransformableForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def run(inputs: Inputs, spec: Spec) -> Outputs:
-        y, rstd, *residual_out = _apply(TransformableForward, inputs, spec)
-        return Outputs(y, rstd, residual_out[0] if residual_out else None)
+    def run(inputs: InputTuple, spec: Spec) -> OutputTuple:
+        y, rstd, *residual_out = TransformableForward.apply(*inputs, spec)
+        return y, rstd, residual_out[0] if residual_out else None
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, spec: Spec) -> tuple[Tensor, ...]:
-        return _present(run_forward(Inputs(x, weight, residual, gate), spec))
+        return _present(run_forward((x, weight, residual, gate), spec))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -151,18 +153,7 @@ class TransformableBackward(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _apply(function: type[torch.autograd.Function], inputs: Inputs, spec: Spec) -> Any:
-    """Function.apply, also of tensors from inference_mode, which autograd cannot save: it gets copies of them."""
-    try:
-        return function.apply(*inputs, spec)
-    except RuntimeError:
-        copies = [None if t is None else t.clone() if t.is_inference() else t for t in inputs]
-        if all(copy is tensor for copy, tensor in zip(copies, inputs, strict=True)):
-            raise
-        return function.apply(*copies, spec)
-
-
-def run_forward(inputs: Inputs, spec: Spec) -> Outputs:
+def run_forward(inputs: InputTuple, spec: Spec) -> OutputTuple:
     """The kernels, or the operator where something has to see it; all that is left to do inside of a Function."""
     return plan.forward(inputs, spec) if is_direct(inputs) else call_forward(inputs, spec)
 
@@ -204,14 +195,14 @@ def composed_backward(differentiable: tuple[Any, ...], spec: Spec, x_dtype: torc
     return tuple(gradient for gradient, needed in zip(gradients, needs, strict=True) if needed and gradient is not None)
 
 
-def call_forward(inputs: Inputs, spec: Spec) -> Outputs:
+def call_forward(inputs: InputTuple, spec: Spec) -> OutputTuple:
     """The operator triton_rmsnorm::forward."""
     if "torch.distributed.tensor" in sys.modules:  # which takes half a second to import: not for those who do not use it
         from triton_rmsnorm import distributed
 
         distributed.register()
     y, rstd, residual_out = torch.ops.triton_rmsnorm.forward(*inputs, *spec)
-    return Outputs(y, rstd, None if inputs.residual is None else residual_out)
+    return y, rstd, None if inputs[2] is None else residual_out
 
 
 def from_operator(gradients: tuple[Tensor, ...], needs: Needs) -> Gradients:
@@ -264,7 +255,7 @@ def _is_vmapped(given: BackwardInputs) -> bool:
     return legacy(given.dy) or (given.dresidual_out is not None and legacy(given.dresidual_out))
 
 
-def _present(tensors: Outputs | Gradients) -> tuple[Tensor, ...]:
+def _present(tensors: Tensors) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from triton_rmsnorm import reference
 from triton_rmsnorm.ops import normalize
-from triton_rmsnorm.reference import Inputs, Spec
+from triton_rmsnorm.reference import Spec
 
 _PLAIN = (Tensor, Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,7 +69,7 @@ def rms_norm(
         return _by_torch(input, weight, eps, spec)
     if _AUTOCAST and input.is_cuda and torch.is_autocast_enabled("cuda"):
         input, weight = _autocast(input, weight)
-    y = normalize(Inputs(input, weight, None, None), spec).y
+    y, _, _ = normalize((input, weight, None, None), spec)
     return _channels_last(input, y) if input.dim() in (4, 5) else y
 
 
@@ -121,7 +121,7 @@ def add_rms_norm(
         return handle_torch_function(add_rms_norm, (input, residual, weight), input, residual, normalized_shape, weight, eps, **options)
     spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
     _check_beside("residual", residual, input)
-    y, _, residual_out = normalize(Inputs(input, weight, residual, None), spec)
+    y, _, residual_out = normalize((input, weight, residual, None), spec)
     assert residual_out is not None
     return y, residual_out
 
@@ -179,7 +179,8 @@ def rms_norm_gated(
     of_spec = (group_size, weight_offset, x_hat_dtype, rstd_dtype, activation, norm_before_gate)
     spec = _checked(input, normalized_shape, weight, eps, *of_spec, real=True)
     _check_beside("gate", gate, input)
-    return normalize(Inputs(input, weight, None, gate), spec).y
+    y, _, _ = normalize((input, weight, None, gate), spec)
+    return y
 
 
 def _set_options(**options: Any) -> dict[str, Any]:

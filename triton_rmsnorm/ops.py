@@ -30,7 +30,7 @@ from triton_rmsnorm.autograd import (
     is_direct,
     needs_grad,
 )
-from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, Needs, Outputs, Spec, accumulation_dtype
+from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, InputTuple, Needs, OutputTuple, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import launch, plan
 
 _SPEC = (
@@ -48,24 +48,35 @@ _library.define(
 )
 
 
-def normalize(inputs: Inputs, spec: Spec) -> Outputs:
+def normalize(inputs: InputTuple, spec: Spec) -> OutputTuple:
     """y and x + residual, differentiable in every input; rstd is there or not, whichever is cheaper."""
-    if not launch.runs_on(inputs.x.device) or torch._C._get_tracing_state() is not None:
-        return _torchs_own(inputs, spec)
-    if torch._C._are_functorch_transforms_active():
-        if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or _functionalized():
-            return reference.forward(inputs, spec)
-        return TransformableForward.run(inputs, spec)
-    if forward_ad._current_level >= 0 and has_tangent(inputs):
-        return reference.forward(inputs, spec)
-    if not is_direct(inputs):
-        return _by_operator(inputs, spec)
-    if not needs_grad(inputs):
-        return plan.forward(inputs, spec, needs_rstd=False)
-    return RMSNormFunction.run(inputs, spec)
+    try:
+        if not launch.runs_on(inputs[0].device) or torch._C._get_tracing_state() is not None:
+            return _torchs_own(inputs, spec)
+        if torch._C._are_functorch_transforms_active():
+            if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or _functionalized():
+                return reference.forward(Inputs(*inputs), spec)
+            return TransformableForward.run(inputs, spec)
+        if forward_ad._current_level >= 0 and has_tangent(inputs):
+            return reference.forward(Inputs(*inputs), spec)
+        if not is_direct(inputs):
+            return _by_operator(inputs, spec)
+        if not needs_grad(inputs):
+            return plan.forward(inputs, spec, needs_rstd=False)
+        return RMSNormFunction.run(inputs, spec)
+    except RuntimeError:
+        usable = tuple(None if tensor is None else _usable(tensor) for tensor in inputs)
+        if all(now is before for now, before in zip(usable, inputs, strict=True)):
+            raise
+    return normalize(usable, spec)  # type: ignore[arg-type] # as many as before
 
 
-def _by_operator(inputs: Inputs, spec: Spec) -> Outputs:
+def _usable(tensor: Tensor) -> Tensor:
+    """A copy of a tensor from inference_mode, which autograd cannot save; what a wrapper of torch.func holds that has outlived it."""
+    return tensor.clone() if tensor.is_inference() else torch._C._functorch.unwrap_if_dead(tensor)
+
+
+def _by_operator(inputs: InputTuple, spec: Spec) -> OutputTuple:
     """The operator, where the tensors and ONNX know it."""
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         return _torchs_own(inputs, spec)
@@ -77,11 +88,12 @@ def _by_operator(inputs: Inputs, spec: Spec) -> Outputs:
         return _torchs_own(inputs, spec)  # subclasses that know only torch's operators, MaskedTensor for example
 
 
-def _torchs_own(inputs: Inputs, spec: Spec) -> Outputs:
+def _torchs_own(inputs: InputTuple, spec: Spec) -> OutputTuple:
     """Torch's operator where it has one for `spec`, else composed of its operations."""
-    if inputs.residual is None and spec.is_plain:
-        return Outputs(F.rms_norm(inputs.x, spec.normalized_shape, inputs.weight, spec.eps), None, None)
-    return reference.forward(inputs, spec)
+    x, weight, residual, _ = inputs
+    if residual is None and spec.is_plain:
+        return F.rms_norm(x, spec.normalized_shape, weight, spec.eps), None, None
+    return reference.forward(Inputs(*inputs), spec)
 
 
 def _functionalized() -> bool:
@@ -90,7 +102,7 @@ def _functionalized() -> bool:
     return any(level.key() == functionalize for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
-def _to_operator(results: Outputs | Gradients, x: Tensor) -> tuple[Tensor, ...]:
+def _to_operator(results: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, ...]:
     """An operator returns tensors: an empty one stands for None."""
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
@@ -101,7 +113,7 @@ def _spec(fields: tuple) -> Spec:
 
 
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, *spec: Any) -> tuple[Tensor, ...]:
-    return _to_operator(plan.forward(Inputs(x, weight, residual, gate), _spec(spec)), x)
+    return _to_operator(plan.forward((x, weight, residual, gate), _spec(spec)), x)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -119,7 +131,7 @@ def _fake_forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, gat
     y = torch.empty(x.shape, dtype=spec.output_dtype(x, weight), device=x.device)
     rstd = torch.empty(spec.rstd_shape(x.shape), dtype=accumulation_dtype(x, residual, gate), device=x.device)
     residual_out = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    return _to_operator(Outputs(y, rstd, residual_out), x)
+    return _to_operator((y, rstd, residual_out), x)
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -83,15 +83,17 @@ class Inputs(NamedTuple):
     gate: Tensor | None = None
 
 
-InputTuple = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # Inputs, or the same as a tuple that is quicker to make
-
-
 class Outputs(NamedTuple):
     """What a norm returns: y, rstd [spec.rstd_shape] where it is wanted, and x + residual where there is a residual."""
 
     y: Tensor
     rstd: Tensor | None
     residual_out: Tensor | None
+
+
+# The same as plain tuples, which are quicker to make.
+InputTuple = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+OutputTuple = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class BackwardInputs(NamedTuple):

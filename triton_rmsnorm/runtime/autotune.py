@@ -35,7 +35,7 @@ from triton_rmsnorm.reference import Needs, Spec
 from triton_rmsnorm.runtime import launch, plan, table
 from triton_rmsnorm.runtime.config import LOAD_POLICIES, STORE_POLICIES, Config, Device, Key, analytic, is_valid
 from triton_rmsnorm.runtime.launch import Launch
-from triton_rmsnorm.runtime.layout import Layout, key_of
+from triton_rmsnorm.runtime.layout import Layout, keys_of
 from triton_rmsnorm.runtime.table import Measured
 from triton_rmsnorm.runtime.timing import time_interleaved
 
@@ -264,7 +264,8 @@ class _Trial:
 
     def _launches(self, config: Config) -> list[tuple[Launch, list[Tensor | None]]]:
         """The launches in order, with their pointers."""
-        layouts: dict[str, Any] = {name: (key := key_of(tensor)) and Layout(*key) for name, tensor in self.inputs.items()}
+        keys = zip(self.inputs, keys_of(self.inputs.values()), strict=True)
+        layouts: dict[str, Any] = {name: key and Layout(*key) for name, key in keys}
         x, weight, gate = layouts["X"], layouts["W"], layouts["GATE"]
         scratch: dict[str, Tensor] = {}
         steps: tuple[Launch | None, ...]

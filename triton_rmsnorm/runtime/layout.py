@@ -1,5 +1,6 @@
 """Strided tensors as the kernels see them: rows that are read in place, or copies where they cannot be."""
 
+from collections.abc import Iterable
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -27,9 +28,12 @@ class Layout(NamedTuple):
 LayoutKey = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
 
 
-def key_of(x: Tensor | None) -> LayoutKey | None:
-    """The fields of the Layout of x: a plain tuple is quicker to make and serves as a key of caches."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.is_neg())
+def keys_of(tensors: Iterable[Tensor | None]) -> list[LayoutKey | None]:
+    """The fields of the Layouts of tensors: plain tuples are quicker to make and serve as keys of caches."""
+    keys: list[LayoutKey | None] = []
+    for x in tensors:  # before Python 3.12, a comprehension would be one more call
+        keys.append(None if x is None else (x.shape, x.stride(), x.dtype, x.is_neg()))
+    return keys
 
 
 def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:

@@ -14,21 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, InputTuple, Needs, Outputs, Spec, accumulation_dtype
+from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, InputTuple, Needs, OutputTuple, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import kernels, table
 from triton_rmsnorm.runtime.config import Config, Device, Key, analytic, reduction_config
 from triton_rmsnorm.runtime.launch import INTERPRETED, Launch, device_of, kept
-from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, readable, row_strides, weight_strides
+from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_place, keys_of, readable, row_strides, weight_strides
 
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
 MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers in the kernels, also those of the last tile, which may go beyond the rows
 
 
-def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> Outputs:
+def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> OutputTuple:
     """y, rstd if it is needed, and x + residual where there is a residual, in one launch."""
     x, weight, residual, gate = inputs
-    keys = [None if t is None else (t.shape, t.stride(), t.dtype, t.is_neg()) for t in inputs]  # as key_of
-    plan = _forward_plan(spec, needs_rstd, x.device, *keys)
+    plan = _forward_plan(spec, needs_rstd, x.device, *keys_of(inputs))
     if plan is None:
         return forward(_readable_inputs(inputs, spec), spec, needs_rstd)
     outputs: list[Any] = [None if new is None else new() for new in plan.outputs]
@@ -37,13 +36,12 @@ def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> Outputs:
         plan.launch(x, weight, residual, gate, y, rstd, residual_out)
     elif rstd is not None:
         rstd.fill_(torch.nan)  # the mean of nothing
-    return Outputs(y, rstd, residual_out)
+    return y, rstd, residual_out
 
 
 def output(u: Tensor, weight: Tensor | None, gate: Tensor | None, rstd: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
     """y of a forward again, in its dtype and with the same bits, from what was normalized (x, or x + residual) and rstd."""
-    keys = [None if t is None else (t.shape, t.stride(), t.dtype, t.is_neg()) for t in (u, weight, gate)]  # as key_of
-    plan = _output_plan(spec, u.device, rstd.dtype, dtype, *keys)
+    plan = _output_plan(spec, u.device, rstd.dtype, dtype, *keys_of((u, weight, gate)))
     if plan is None:
         u, weight, _, gate = _readable_inputs((u, weight, None, gate), spec)
         return output(u, weight, gate, rstd, spec, dtype)
@@ -57,8 +55,7 @@ def output(u: Tensor, weight: Tensor | None, gate: Tensor | None, rstd: Tensor, 
 def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = None, needs: Needs = Needs()) -> Gradients:  # noqa: B008
     """The gradients that are needed (by default dx and dweight), contiguous; arguments as in reference.backward."""
     dy, dresidual_out, x, weight, gate, rstd = given
-    keys = [None if t is None else (t.shape, t.stride(), t.dtype, t.is_neg()) for t in given[:5]]  # as key_of; rstd is contiguous
-    plan = _backward_plan(spec, needs, x.device, x_dtype or x.dtype, *keys)
+    plan = _backward_plan(spec, needs, x.device, x_dtype or x.dtype, *keys_of(given[:5]))  # rstd is contiguous
     if plan is None:
         return backward(_readable_backward_inputs(given, spec), spec, x_dtype, needs)
     buffers: list[Any] = [None if new is None else new() for new in plan.buffers]
