@@ -327,8 +327,8 @@ def test_bytes_of_all_rows_follow_from_those_of_two_tiles(variant, n):
         problem = Problem(1, n, direction, variant)
         problem = problem._replace(m=5 * launches(problem, SMALL)[0].launch.values["BLOCK_M"])  # not as many tiles for each program
         found, total = traffic(problem, SMALL), (Counter(), Counter())
-        for recorded in launches(problem, SMALL, "cpu"):
-            for moved, counted in zip(total, count(recorded, recorded.launch.grid), strict=True):
+        for recorded in launches(problem, SMALL):
+            for moved, counted in zip(total, count(recorded, recorded.launch.grid)[:2], strict=True):
                 moved.update(counted)
         assert (found.loaded, found.stored) == total
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModel, LlamaConfig
 
+from bench import traffic as one_launch
 from bench.audit.record import launches as launches_of_problem
 from bench.audit.traffic import traffic
 from bench.cost import __main__, count, layers, report
-from bench.cost import traffic as cost_traffic
-from bench.cost.count import DIRECTIONS, Cost, Counts
+from bench.cost.count import DIRECTIONS, Cost, Counts, cost_of, of_row
 from bench.cost.layers import FUSED, HF, MODELS, OURS, PROVIDERS, RECOMPUTED, Model, count_layer
-from bench.cost.traffic import Launched, UncountableError, _Programs, launched
 from bench.problem import Problem
+from bench.traffic import Launched, UncountableError, launched, moved
 from triton_rmsnorm import patch, recompute_norms
 from triton_rmsnorm.runtime import config, launch
 
@@ -134,13 +134,6 @@ def test_kept_is_what_a_real_layer_keeps(provider, device):
     assert 0 <= small(provider).kept_by("layer") - ours <= 32
 
 
-class EveryProgram(_Programs):
-    """Without bisection."""
-
-    def _sum(self, low: int, high: int, y: int, z: int) -> Counter:
-        return sum((Counter(self._program(x, y, z).moved) for x in range(low, high + 1)), Counter())
-
-
 @pytest.mark.parametrize("provider", [OURS, RECOMPUTED, *PEERS])
 def test_bisection_counts_every_program(provider, monkeypatch):
     """Of all kernels, where programs do not do the same: 132 of them share 250 rows."""
@@ -149,13 +142,14 @@ def test_bisection_counts_every_program(provider, monkeypatch):
     count_layer(SMALL, PROVIDERS[provider], 250, torch.bfloat16)
     monkeypatch.undo()
     assert len(found) > 2
-    for one in set(found):
-        bisected = one.moved
-        cost_traffic._moved.cache_clear()
-        with monkeypatch.context() as patch_:
-            patch_.setattr(cost_traffic, "_Programs", EveryProgram)
-            assert one.moved == bisected, one.kernel.__name__
-        cost_traffic._moved.cache_clear()
+    bisected = {one: moved(one) for one in set(found)}
+
+    def every_program(self, low, high, y, z):
+        return sum((self.program(x, y, z).moved for x in range(low, high + 1)), Counter())
+
+    monkeypatch.setattr(one_launch._Programs, "sum", every_program)
+    for one, counted in bisected.items():
+        assert moved.__wrapped__(one) == counted, one.kernel.__name__
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -163,13 +157,11 @@ def test_bisection_counts_every_program(provider, monkeypatch):
 def test_the_audit_counts_the_same(variant, direction):
     """By another method, from the interpretation of one tile and of two."""
     problem = Problem(1024, 512, direction, variant)
-    counted = traffic(problem, config.SM_90)
-    ours = Counter()
+    counted, ours = traffic(problem, config.SM_90), Cost()
     for found in launches_of_problem(problem, config.SM_90):
-        one = launched(found.launch.kernel, found.launch.grid, found.pointers | found.launch.values)
-        ours.update(one.moved._asdict())
-    assert ours["read"] == sum(counted.loaded.values()) - sum(counted.cached.values())
-    assert ours["written"] == sum(counted.stored.values())
+        ours = ours.plus(cost_of(launched(found.launch.kernel, found.launch.grid, found.pointers | found.launch.values)))
+    assert ours.read == sum(counted.loaded.values()) - sum(counted.cached.values())
+    assert ours.written == sum(counted.stored.values())
 
 
 def operations(function, *tensors: Tensor) -> Cost:
@@ -227,27 +219,14 @@ def record(monkeypatch, tmp_path, capsys) -> dict:
 def test_record(record):
     of_hf, of_ours, of_none = record["rows"]
     assert of_none == {"model": "small", "provider": "none", "reason": "has none of these norms"}
-    for row, provider in ((of_hf, HF), (of_ours, OURS)):
-        for direction in DIRECTIONS:
-            for part in ("norms", "layer"):
-                cost = small(provider).cost(part, direction)
-                total = report.totals(record, row, part, direction)
-                assert (total.launches, total.read, total.written) == (
-                    cost.launches,
-                    pytest.approx(cost.read / TOKENS / 1024),
-                    pytest.approx(cost.written / TOKENS / 1024),
-                )
-        assert report.kept(record, row, "layer") == pytest.approx(small(provider).kept_by("layer") / TOKENS / 1024)
-    table = report.markdown(record)
-    forward, backward = (report.totals(record, of_ours, "norms", direction) for direction in DIRECTIONS)
-    assert f"| ours | 2 of 2 | 4 + 6 | {forward.read:.1f} + {backward.read:.1f} |" in table
+    assert of_row(of_hf) == small(HF) and of_row(of_ours) == small(OURS)
+    table, kb = report.markdown(record), TOKENS * 1024
+    forward, backward = (small(OURS).cost("norms", direction).read / kb for direction in DIRECTIONS)
+    assert f"| ours | 2 of 2 | 4 + 6 | {forward:.1f} + {backward:.1f} |" in table
     assert "small, none: has none of these norms." in table
 
-
-def test_picture_shows_the_totals(record):
     texts = [text.get_text().strip() for axes in report.picture(record).axes for text in axes.texts]
-    moved = [f"{report.totals(record, row, 'norms').moved:.0f}" for row in record["rows"][1::-1]]
-    assert texts[:3] == [report.DASH, *moved]
+    assert texts[:3] == [report.DASH, *(f"{small(provider).cost('norms').moved / kb:.0f}" for provider in (OURS, HF))]
 
 
 @pytest.mark.slow

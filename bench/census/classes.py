@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from bench.census.compare import DEVICE, message, reported, row_of
+from bench.census.compare import DEVICE, reported, row_of
 from bench.census.tiny_models import tiny_config
 from triton_rmsnorm import patch
 from triton_rmsnorm.patching.recognition import agree, may_be_norm, recognize
+from triton_rmsnorm.patching.report import in_words
 from triton_rmsnorm.patching.semantics import evaluate
 
 
@@ -71,7 +72,7 @@ def _class_outcome(cls: type, arguments: dict) -> dict:
         module = cls(**(arguments | {name: tiny_config(arguments[name]) for name in {"config"} & arguments.keys()}))
     except Exception as error:
         named = "norm" in cls.__name__.lower()
-        return outcome | ({"status": "not built", "reason": message(error)} if named else {"status": "no norm"})
+        return outcome | ({"status": "not built", "reason": in_words(error)} if named else {"status": "no norm"})
     if recognize(module) is None:
         return outcome | {"status": "no norm"}
     row = next(row for row in patch(copy.deepcopy(module)).rows if row.cls is cls)

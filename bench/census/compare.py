@@ -16,6 +16,7 @@ from bench.census.tiny_models import tiny_batch, tiny_model
 from triton_rmsnorm import patch, unpatch
 from triton_rmsnorm.patching.recognition import agree
 from triton_rmsnorm.patching.replacement import is_replacement
+from triton_rmsnorm.patching.report import in_words
 
 CONTROLS = 8  # when the first does not decide
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,7 +76,7 @@ def compare(model: nn.Module, batch: dict, dtype: torch.dtype, fused: nn.Module 
         if fused is not None:
             ours.append(_run(fused, batch, dtype))
     except Exception as error:
-        raise DiffersError(f"patched, it raises {message(error)}") from error
+        raise DiffersError(f"patched, it raises {in_words(error)}") from error
     if others:
         raise DiffersError(f"another output of {', '.join(others)}")
     for one in ours:
@@ -182,11 +183,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def message(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)}"[:160]
-
-
 class DiffersError(Exception):
     """A patched model does not compute what it did."""
 
@@ -197,6 +193,6 @@ def reported(result: dict) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        result["error"] = message(error)
+        result["error"] = in_words(error)
         if isinstance(error, DiffersError) or result["stage"] in ("patch", "compare"):
             result["differs"] = traceback.format_exc()[-2000:]

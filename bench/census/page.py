@@ -1,7 +1,7 @@
 """The page on what the census found."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 DTYPES = ("float32", "bfloat16")
@@ -29,17 +29,30 @@ def page(record: dict) -> str:
     Args:
         record: what docs/hf_census.json holds.
     """
-    results = record["results"]
+    results, about = record["results"], record["metadata"]
     models = [result for result in results if "type" in result]
-    classes = [one for result in results for one in result.get("classes", ())]
     compared = [model for model in models if model["stage"] == "compared"]
-    about, wrong, left = record["metadata"], differences(results), _left_alone(models, classes)
-    replaced = {one["class"] for one in classes if one["status"] == "replaced"}
-    rows = [row for model in models for row in model.get("rows", ())]
-    norms = sum(row["count"] for row in rows if row["status"] == "replaced")
-    others = sum(row["count"] for row in rows if _like_rms_norm(row))
-    fused = [sum(row["count"] for row in model["layers"] if row["status"] == "fused") for model in compared]
-    in_fp64 = sum(model[dtype][2] for model in compared for dtype in DTYPES)
+    classes = [one for result in results for one in result.get("classes", ())]
+    rows = [row | {"type": model["type"], "compared": model in compared} for model in models for row in model.get("rows", ())]
+    replaced = [row for row in rows if row["status"] == "replaced"]
+    replaced_classes = {one["class"] for one in classes if one["status"] == "replaced"}
+    layers = [row for model in compared for row in model["layers"]]
+    fused = [row["count"] for row in layers if row["status"] == "fused"]
+    norms, others = (sum(row["count"] for row in of) for of in (replaced, filter(_like_rms_norm, rows)))
+    left, wrong = _left_alone(rows, classes), differences(results)
+    distances = sorted((*model[dtype], model["type"], dtype) for model in compared for dtype in DTYPES)
+    summary = {
+        "model types": len(models),
+        "that can be built small from their own configuration": sum(model["stage"] != "build" for model in models),
+        "of these, with RMS norms, run as they were and patched": f"**{len(compared)}**",
+        "norms replaced in all models that were built": f"**{norms}** of {norms + others}",
+        "norms replaced in models that were compared": sum(row["count"] for row in replaced if row["compared"]),
+        "models with fused residual adds": sum(any(row["status"] == "fused" for row in model["layers"]) for model in compared),
+        "layers fused in them": sum(fused),
+        "classes of norms replaced, each compared on its own": f"**{len(replaced_classes)}**",
+        "classes that are called RMS norms, or nearly are, and are left unchanged": len({name for name, *_ in left} - replaced_classes),
+        "**differences beyond rounding**": f"**{len(wrong) or 'none'}**",
+    }
     lines = [
         "# Every model type of transformers, patched",
         "",
@@ -51,50 +64,39 @@ def page(record: dict) -> str:
         f"Written by `python -m bench.hf_census` on {about['date'][:10]}: transformers {about['transformers']}, torch {about['torch']}, "
         f"Triton {about['triton']}, {about['machine']}.",
         "",
-        *_table(
-            ("", "number"),
-            [
-                ("model types", len(models)),
-                ("that can be built small from their own configuration", sum(model["stage"] != "build" for model in models)),
-                ("of these, with RMS norms, run as they were and patched", f"**{len(compared)}**"),
-                ("norms replaced in all models that were built", f"**{norms}** of {norms + others}"),
-                ("norms replaced in models that were compared", sum(row["count"] for model in compared for row in _replaced(model))),
-                ("models with fused residual adds", sum(map(bool, fused))),
-                ("layers fused in them", sum(fused)),
-                ("classes of norms replaced, each compared on its own", f"**{len(replaced)}**"),
-                ("classes that are called RMS norms, or nearly are, and are left unchanged", len({name for name, _, _ in left} - replaced)),
-                ("**differences beyond rounding**", f"**{len(wrong) or 'none'}**"),
-            ],
-        ),
+        *_table(("", "number"), summary.items()),
         "",
         *(f"- {one}" for one in wrong),
         *[""][: len(wrong)],
-        f"{in_fp64} of the {2 * len(compared)} comparisons of models had the same model in fp64 to go by, the others only the original.",
+        f"{sum(in_fp64 for _, _, in_fp64, *_ in distances)} of the {len(distances)} comparisons of models had the same model in fp64 to go",
+        "by, the others only the original. The largest distances of an output or gradient, as a fraction of what is allowed:",
         "",
-        "## Largest distances",
-        "",
-        "The largest distance of any output or gradient as a fraction of its budget; more than 1 would be a difference.",
-        "",
-        *_table(("model type", "dtype", "tensor", "distance"), _largest(compared)),
+        *_table(
+            ("model type", "dtype", "tensor", "distance"),
+            ((model, dtype, f"`{tensor}`", f"{part:.2f}") for part, tensor, _, model, dtype in distances[:-6:-1]),
+        ),
         "",
         "## Semantics",
         "",
         "x_hat is the normalized input in fp32, w the weight; `.to(x)` rounds to the dtype of the input, `.to(w)` to that of the weight.",
         "A class with switches can be in several rows.",
         "",
-        *_table(("semantics", "classes", "model types", "norms in them", "for example"), _by_semantics(compared, classes)),
+        *_table(
+            ("semantics", "classes", "model types", "norms in them", "for example"),
+            _by_semantics([row for row in replaced if row["compared"]], classes),
+        ),
         "",
         "## Left unchanged",
         "",
         "Classes that are called RMS norms or nearly compute one, and why they are left unchanged.",
         "",
-        *_table(("class", "reason"), [(f"`{name}`{switches}", reason) for name, switches, reason in left]),
+        *_table(("class", "reason"), ((f"`{name}`{switches}", reason) for name, switches, reason in left)),
         "",
         "## Residual adds",
         "",
         "Layers that add and have replaced norms, with `fuse_residual=True`.",
         "",
-        *_table(("outcome", "classes"), _by_outcome(compared)),
+        *_table(("outcome", "classes"), Counter(outcome for outcome, _ in {(_outcome(row), row["name"]) for row in layers}).most_common()),
         "",
         "## Not compared",
         "",
@@ -109,48 +111,29 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells]]
 
 
-def _replaced(model: dict) -> list[dict]:
-    return [row for row in model["rows"] if row["status"] == "replaced"]
-
-
-def _largest(models: list[dict]) -> list[tuple]:
-    """The three models nearest to their budget in each dtype."""
-    rows = []
-    for dtype in DTYPES:
-        for model in sorted(models, key=lambda model: -model[dtype][0])[:3]:
-            part, tensor, _ = model[dtype]
-            rows.append((model["type"], dtype, f"`{tensor}`", f"{part:.2f}"))
-    return rows
-
-
-def _by_semantics(models: list[dict], classes: list[dict]) -> list[tuple]:
+def _by_semantics(rows: list[dict], classes: list[dict]) -> list[tuple]:
     """Classes, model types, norms and an example; the most frequent first."""
-    of_classes, of_types, norms = defaultdict(dict), defaultdict(set), defaultdict(int)
+    names, types, norms = defaultdict(dict), defaultdict(set), Counter()
     for one in classes:
         if one["status"] == "replaced":
-            of_classes[_without_size(one["semantics"])][one["class"].rpartition(".")[2]] = None
-    for model in models:
-        for row in _replaced(model):
-            of_types[_without_size(row["semantics"])].add(model["type"])
-            norms[_without_size(row["semantics"])] += row["count"]
-    return [
-        (f"`{one}`", len(of_classes[one]), len(of_types[one]), norms[one], next(iter(of_classes[one]), "torch's own"))
-        for one in sorted(of_classes.keys() | of_types.keys(), key=lambda semantics: (-len(of_classes[semantics]), semantics))
-    ]
+            names[_without_size(one["semantics"])][one["class"].rpartition(".")[2]] = None
+    for row in rows:
+        types[_without_size(row["semantics"])].add(row["type"])
+        norms[_without_size(row["semantics"])] += row["count"]
+    found = sorted(names.keys() | types.keys(), key=lambda semantics: (-len(names[semantics]), semantics))
+    return [(f"`{one}`", len(names[one]), len(types[one]), norms[one], next(iter(names[one]), "torch's own")) for one in found]
 
 
 def _without_size(semantics: str) -> str:
     return re.sub(r"groups of \d+", "groups", semantics)
 
 
-def _left_alone(models: list[dict], classes: list[dict]) -> list[tuple[str, str, str]]:
+def _left_alone(rows: list[dict], classes: list[dict]) -> list[tuple[str, str, str]]:
     """Class, switches and reason; classes that were not built alone come from the models that have them."""
-    rows = {(one["class"], _switches(one), one["reason"]) for one in classes if _like_rms_norm(one)}
     alone = {one["class"].rpartition(".")[2] for one in classes}
-    for row in (row for model in models for row in model.get("rows", ())):
-        if _like_rms_norm(row) and row["name"] not in alone:
-            rows.add((row["name"], "", row["reason"]))
-    return sorted(rows)
+    found = {(one["class"], _switches(one), one["reason"]) for one in classes if _like_rms_norm(one)}
+    found |= {(row["name"], "", row["reason"]) for row in rows if _like_rms_norm(row) and row["name"] not in alone}
+    return sorted(found)
 
 
 def _like_rms_norm(one: dict) -> bool:
@@ -164,20 +147,15 @@ def _switches(one: dict) -> str:
     return f" ({', '.join(f'{name}={value}' for name, value in one['switches'].items())})" if "switches" in one else ""
 
 
-def _by_outcome(models: list[dict]) -> list[tuple]:
-    outcomes: dict[str, set[str]] = defaultdict(set)
-    for row in (row for model in models for row in model["layers"]):
-        outcomes[": ".join(filter(None, (row["status"], row.get("reason"))))].add(row["name"])
-    return sorted(((outcome, len(names)) for outcome, names in outcomes.items()), key=lambda row: (-row[1], row))
+def _outcome(row: dict) -> str:
+    return f"{row['status']}: {row['reason']}" if "reason" in row else row["status"]
 
 
 def _not_compared(results: list[dict]) -> list[tuple]:
-    def count(kind: str, *stages: str) -> int:
-        return sum(kind in result and result["stage"] in stages for result in results)
-
+    stages = Counter(("type" if "type" in result else "package", result["stage"]) for result in results)
     return [
-        ("built, without a norm to replace", count("type", "no norms")),
-        ("that cannot be built: the default configuration cannot be shrunk by rule", count("type", "build")),
-        ("built, but not run: they take other input than text, one image or one sound", count("type", "run")),
-        ("whose package cannot be imported", count("package", "import")),
+        ("built, without a norm to replace", stages["type", "no norms"]),
+        ("that cannot be built: the default configuration cannot be shrunk by rule", stages["type", "build"]),
+        ("built, but not run: they take other input than text, one image or one sound", stages["type", "run"]),
+        ("whose package cannot be imported", stages["package", "import"]),
     ]

@@ -1,17 +1,20 @@
 """Counts one forward and backward of a decoder layer of a model without memory (on the device "meta").
 
     launches, bytes moved   of torch's operations by a dispatch mode: each computing operation is one launch that reads its inputs once
-                            and writes its outputs once; of Triton's kernels, whoever's, by the interpreter (bench/cost/traffic.py)
+                            and writes its outputs once; of Triton's kernels, whoever's, by the interpreter (bench/traffic.py), where
+                            a tensor that every program reads as a whole counts once, because the caches of a GPU serve the rest
     bytes kept              by hooks for saved tensors, each storage once, without parameters and what is made outside of the layer
 
 The part "norms" is what the norms and the layer itself do, which is to add to the residual stream; in the backward, what belongs to those
 operations, including the sums of gradients that meet there. Everything else of the layer is "rest".
 """
 
+import inspect
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from math import prod
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,24 +26,23 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
 
-from bench.cost.traffic import Launched, bound, elements, launched
+from bench.traffic import Launched, launched, moved
 from triton_rmsnorm import autograd, ops
 from triton_rmsnorm.runtime import config, interpreter, launch
 
 GPU = config.SM_90
 DIRECTIONS = ("forward", "backward")
-PARTS = ("norms", "rest")
 
 
 class Cost(NamedTuple):
-    """What one part does in one direction."""
+    """What one part does in one direction, in launches and bytes."""
 
     launches: int = 0
-    read: int = 0
-    written: int = 0
+    read: float = 0
+    written: float = 0
 
     @property
-    def moved(self) -> int:
+    def moved(self) -> float:
         return self.read + self.written
 
     def plus(self, other: "Cost") -> "Cost":
@@ -48,11 +50,13 @@ class Cost(NamedTuple):
 
 
 class Counts(NamedTuple):
+    """What a layer costs, by its parts "norms" and "rest"; "layer" is both."""
+
     costs: dict[tuple[str, str], Cost]  # by direction and part
     kept: dict[str, int]  # bytes by part
 
     def cost(self, part: str, *directions: str) -> Cost:
-        """Of a part, or of the whole "layer"; both ways, unless a direction is named."""
+        """Both ways, unless a direction is named."""
         total = Cost()
         for (direction, of), cost in self.costs.items():
             if part in (of, "layer") and direction in (directions or DIRECTIONS):
@@ -61,6 +65,17 @@ class Counts(NamedTuple):
 
     def kept_by(self, part: str) -> int:
         return sum(nbytes for of, nbytes in self.kept.items() if part in (of, "layer"))
+
+    def as_row(self) -> dict[str, Any]:
+        """For JSON."""
+        costs = [{"direction": direction, "part": part, **cost._asdict()} for (direction, part), cost in sorted(self.costs.items())]
+        return {"costs": costs, "kept": self.kept}
+
+
+def of_row(row: dict[str, Any]) -> Counts:
+    """What `as_row` has written."""
+    costs = {(cost["direction"], cost["part"]): Cost(cost["launches"], cost["read"], cost["written"]) for cost in row["costs"]}
+    return Counts(costs, row["kept"])
 
 
 def count(
@@ -73,11 +88,11 @@ def count(
     """Counts what `layer` does in a forward of the model, which runs in `context`, and in the backward from its first output."""
     counter = _Counter(layer, norms, model)
     with counter.watching():
-        with counter.operations(), saved_tensors_hooks(counter.keep, lambda tensor: tensor), context():
+        with _Operations(counter), saved_tensors_hooks(counter.keep, lambda tensor: tensor), context():
             output = model(**inputs)[0]
         counter.direction = "backward"
         dy = torch.empty_like(output)
-        with counter.operations():
+        with _Operations(counter):
             output.backward(dy)
     return counter.counts()
 
@@ -110,9 +125,6 @@ class _Counter:
                 stack.enter_context(mock.patch.object(module, "is_direct", lambda tensors: True))
             yield
 
-    def operations(self) -> "_Operations":
-        return _Operations(self)
-
     def _called(self, call: Callable, module: nn.Module, args: tuple, named: dict[str, Any]) -> Any:
         if module is self.layer:  # positions and masks, which all layers share
             self.given |= {storage(tensor)._cdata for tensor in tree_leaves((args[1:], named)) if isinstance(tensor, Tensor)}
@@ -127,18 +139,15 @@ class _Counter:
     def _mark(self) -> None:
         if self.direction == "forward":
             self.marks.append(torch._C._autograd._get_sequence_nr())
-            self.parts.append(self._part_of_modules())
-
-    def _part_of_modules(self) -> str | None:
-        if self.layer not in self.modules:
-            return None
-        return "norms" if self.modules[-1] is self.layer or self.modules[-1] in self.norms else "rest"
+            self.parts.append(self.part)
 
     @property
     def part(self) -> str | None:
         """The part that is at work; None outside of the layer."""
         if self.direction == "forward":
-            return self._part_of_modules()
+            if self.layer not in self.modules:
+                return None
+            return "norms" if self.modules[-1] is self.layer or self.modules[-1] in self.norms else "rest"
         node = torch._C._current_autograd_node()
         if node is not None and not node.name().endswith("AccumulateGrad"):
             self.last = self.parts[bisect(self.marks, node._sequence_nr()) - 1]
@@ -161,7 +170,9 @@ class _Counter:
         return tensor
 
     def _run(self, kernel: InterpretedFunction, arguments: tuple, options: dict[str, Any]) -> None:
-        self._launch(kernel, options.pop("grid"), bound(kernel, arguments, options))
+        """Of anybody's kernel. Among the options may be arguments of the kernel."""
+        named = {name: value for name, value in options.items() if name in kernel.arg_names}
+        self._launch(kernel, options["grid"], inspect.getcallargs(kernel.fn, *arguments, **named))
 
     def _run_ours(self, kernel: InterpretedFunction, grid: tuple[int, ...], pointers: dict[str, Any], values: dict[str, Any]) -> None:
         self._launch(kernel, grid, pointers | values)
@@ -172,12 +183,16 @@ class _Counter:
 
     def counts(self) -> Counts:
         for direction, one in self.launched:  # all Triton kernels are norms', also where the output of one is computed again
-            self.costs[direction, "norms"] = self.costs[direction, "norms"].plus(Cost(1, *one.moved))
-        self.launched.clear()
+            self.costs[direction, "norms"] = self.costs[direction, "norms"].plus(cost_of(one))
         kept: Counter[str] = Counter()
         for one, of_norms in self.saved.values():
             kept["norms" if of_norms else "rest"] += one.nbytes()
         return Counts(dict(self.costs), dict(kept))
+
+
+def cost_of(launch: Launched) -> Cost:
+    loaded, stored, again = moved(launch)
+    return Cost(1, loaded.total() - again.total(), stored.total())
 
 
 def storage(tensor: Tensor) -> torch.UntypedStorage:
@@ -213,5 +228,10 @@ _FILLS = {"zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_
 
 def _bytes(tensors: list[Tensor]) -> int:
     """Of distinct memory: an operand that is given twice is read once."""
-    distinct = {(storage(t)._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype): elements(t) * t.itemsize for t in tensors}
-    return sum(distinct.values())
+    distinct = {(storage(t)._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype): t for t in tensors}
+    return sum(_elements(tensor) * tensor.itemsize for tensor in distinct.values())
+
+
+def _elements(tensor: Tensor) -> int:
+    """Distinct elements of a tensor, which may be expanded."""
+    return prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)

@@ -4,6 +4,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,8 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import triton_rmsnorm
 from bench.cost.count import GPU, Counts, count
-from bench.cost.traffic import UncountableError
 from bench.problem import DTYPES
+from bench.traffic import UncountableError
 from triton_rmsnorm.patching.recognition import recognize
 from triton_rmsnorm.patching.semantics import Norm
 
@@ -73,22 +74,22 @@ class Provider(NamedTuple):
     package: str | None = None  # which may be missing
 
 
-def _each(make: Callable[[nn.Module, Norm], Callable | None]) -> Callable[[PreTrainedModel, list[tuple[nn.Module, Norm]]], int]:
+def _each(
+    make: Callable[[Norm, Tensor | None, float], Callable | None], model: PreTrainedModel, norms: list[tuple[nn.Module, Norm]]
+) -> int:
     """Gives each norm a forward of its own, where there is one."""
+    computed = 0
+    for module, norm in norms:
+        weight = None if norm.weight is None else getattr(module, norm.weight)
+        forward = make(norm, weight, getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps)
+        if forward is not None:
+            module.forward = forward
+            computed += 1
+    return computed
 
-    def equip(model: PreTrainedModel, norms: list[tuple[nn.Module, Norm]]) -> int:
-        forwards = [(module, make(module, norm)) for module, norm in norms]
-        for module, forward in forwards:
-            if forward is not None:
-                module.forward = forward
-        return sum(forward is not None for _, forward in forwards)
 
-    return equip
-
-
-def _composite(module: nn.Module, norm: Norm) -> Callable | None:
+def _composite(norm: Norm, weight: Tensor | None, eps: float) -> Callable | None:
     """torch.nn.functional.rms_norm as torch computes it of several operations."""
-    weight, eps = _parameters(module, norm)
     activation = norm.semantics.activation
 
     def forward(x: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -99,21 +100,19 @@ def _composite(module: nn.Module, norm: Norm) -> Callable | None:
     return forward
 
 
-def _liger(module: nn.Module, norm: Norm) -> Callable | None:
+def _liger(norm: Norm, weight: Tensor | None, eps: float) -> Callable | None:
     """As Liger's own patches: in the casting mode of the model, with the gradient in place but for Gemma."""
     if norm.semantics.activation is not None or norm.semantics.group_size is not None:
         return None
     function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-    weight, eps = _parameters(module, norm)
     offset = norm.semantics.weight_offset
     casting = "llama" if norm.semantics.x_hat_rounding == "input" else "gemma"
     return lambda x: function.apply(x, weight, eps, offset, casting, not offset, None)
 
 
-def _fla(module: nn.Module, norm: Norm) -> Callable | None:
+def _fla(norm: Norm, weight: Tensor | None, eps: float) -> Callable | None:
     if norm.semantics.weight_offset or norm.semantics.group_size is not None:
         return None
-    weight, eps = _parameters(module, norm)
     if norm.semantics.activation is None:
         rms_norm = importlib.import_module("fla.modules.norm.layernorm").rms_norm
         return lambda x: rms_norm(x, weight, None, eps=eps)
@@ -122,11 +121,6 @@ def _fla(module: nn.Module, norm: Norm) -> Callable | None:
     if activation is None or not norm.semantics.norm_before_gate:
         return None
     return lambda x, gate: gated(x, gate, weight, None, activation, eps=eps)
-
-
-def _parameters(module: nn.Module, norm: Norm) -> tuple[Tensor | None, float]:
-    weight = None if norm.weight is None else getattr(module, norm.weight)
-    return weight, getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
 
 
 def _ours(model: PreTrainedModel, norms: list[tuple[nn.Module, Norm]], **options: bool) -> int:
@@ -171,12 +165,12 @@ def _as_on_gpu(package: str | None) -> Iterator[None]:
 HF, OURS, FUSED, RECOMPUTED = "Hugging Face eager", "ours", "ours, residual fused", "ours, fused, recomputed"
 PROVIDERS = {
     HF: Provider(lambda model, norms: len(norms)),
-    "torch composite": Provider(_each(_composite)),
-    "Liger": Provider(_each(_liger), package="liger_kernel"),
-    "flash-linear-attention": Provider(_each(_fla), package="fla"),
+    "torch composite": Provider(partial(_each, _composite)),
+    "Liger": Provider(partial(_each, _liger), package="liger_kernel"),
+    "flash-linear-attention": Provider(partial(_each, _fla), package="fla"),
     OURS: Provider(_ours),
-    FUSED: Provider(lambda model, norms: _ours(model, norms, fuse_residual=True)),
-    RECOMPUTED: Provider(lambda model, norms: _ours(model, norms, fuse_residual=True), triton_rmsnorm.recompute_norms),
+    FUSED: Provider(partial(_ours, fuse_residual=True)),
+    RECOMPUTED: Provider(partial(_ours, fuse_residual=True), triton_rmsnorm.recompute_norms),
 }
 
 
@@ -201,18 +195,14 @@ def rows(name: str, tokens: int, dtype: str) -> list[dict]:
     """One row per provider: its counts, or the reason why there are none."""
     found = []
     for provider, equipped in PROVIDERS.items():
-        row: dict = {"model": name, "provider": provider}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of peers, about the absence of a GPU
                 counted = count_layer(model_of(name), equipped, tokens, DTYPES[dtype])
+            row = {"norms": counted.norms, "computed": counted.computed, **counted.counts.as_row()}
         except UncountableError as error:
-            found.append(row | {"reason": str(error)})
-            continue
-        costs = [
-            {"direction": direction, "part": part, **cost._asdict()} for (direction, part), cost in sorted(counted.counts.costs.items())
-        ]
-        found.append(row | {"norms": counted.norms, "computed": counted.computed, "costs": costs, "kept": counted.counts.kept})
+            row = {"reason": str(error)}
+        found.append({"model": name, "provider": provider, **row})
     return found
 
 

@@ -5,9 +5,10 @@ print(markdown(record))
 picture(record)  # a figure of matplotlib
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from bench import style
+from bench.cost.count import DIRECTIONS, of_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,60 +16,38 @@ if TYPE_CHECKING:
 
 KB = 1024
 DASH = "\N{EN DASH}"  # what could not be counted
-DIRECTIONS = ("forward", "backward")
 _COLUMNS = ("norms by", "of them", "launches", "KB read", "KB written", "KB kept", "layer: launches", "KB moved", "KB kept")
 _PACKAGES = ("triton_rmsnorm", "torch", "triton", "transformers", "liger-kernel", "flash-linear-attention")
-
-
-class Totals(NamedTuple):
-    """What a part of a layer costs in some direction."""
-
-    launches: int
-    read: float  # KB per token
-    written: float
-
-    @property
-    def moved(self) -> float:
-        return self.read + self.written
-
-
-def totals(record: dict, row: dict, part: str, direction: str | None = None) -> Totals:
-    """Of "norms" or of the whole "layer"; both ways, unless a direction is named."""
-    costs = [c for c in row["costs"] if part in (c["part"], "layer") and direction in (c["direction"], None)]
-    launches, read, written = (sum(cost[name] for cost in costs) for name in Totals._fields)
-    return Totals(launches, read / record["tokens"] / KB, written / record["tokens"] / KB)
-
-
-def kept(record: dict, row: dict, part: str) -> float:
-    """KB per token."""
-    return sum(nbytes for of, nbytes in row["kept"].items() if part in (of, "layer")) / record["tokens"] / KB
 
 
 def markdown(record: dict) -> str:
     """A table for each model, and how its numbers were counted."""
     lines = [about(record), ""]
-    for model in models(record):
+    for model, rows in by_model(record).items():
         lines += [f"**{model}**", "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-        for row in rows_of(record, model):
-            if "reason" in row:
-                lines.append(f"| {row['provider']} |{f' {DASH} |' * 8}")
-                continue
-            ways = [totals(record, row, "norms", direction) for direction in DIRECTIONS]
-            layer = totals(record, row, "layer")
-            cells = [
-                f"{row['computed']} of {row['norms']}",
-                " + ".join(str(way.launches) for way in ways),
-                " + ".join(f"{way.read:.1f}" for way in ways),
-                " + ".join(f"{way.written:.1f}" for way in ways),
-                f"{kept(record, row, 'norms'):.1f}",
-                str(layer.launches),
-                f"{layer.moved:.1f}",
-                f"{kept(record, row, 'layer'):.1f}",
-            ]
-            lines.append(f"| {row['provider']} | {' | '.join(cells)} |")
+        lines += [f"| {' | '.join([row['provider'], *_cells(row, record['tokens'] * KB)])} |" for row in rows]
         lines.append("")
     lines += [f"- {note}" for note in notes(record)]
     return "\n".join(lines)
+
+
+def _cells(row: dict, unit: int) -> list[str]:
+    """What follows the provider. Bytes are shown in `unit`."""
+    if "reason" in row:
+        return [DASH] * 8
+    counts = of_row(row)
+    ways = [counts.cost("norms", direction) for direction in DIRECTIONS]
+    layer = counts.cost("layer")
+    return [
+        f"{row['computed']} of {row['norms']}",
+        " + ".join(str(way.launches) for way in ways),
+        " + ".join(f"{way.read / unit:.1f}" for way in ways),
+        " + ".join(f"{way.written / unit:.1f}" for way in ways),
+        f"{counts.kept_by('norms') / unit:.1f}",
+        str(layer.launches),
+        f"{layer.moved / unit:.1f}",
+        f"{counts.kept_by('layer') / unit:.1f}",
+    ]
 
 
 def notes(record: dict) -> list[str]:
@@ -86,12 +65,12 @@ def notes(record: dict) -> list[str]:
     ]
 
 
-def models(record: dict) -> list[str]:
-    return list(dict.fromkeys(row["model"] for row in record["rows"]))
-
-
-def rows_of(record: dict, model: str) -> list[dict]:
-    return [row for row in record["rows"] if row["model"] == model]
+def by_model(record: dict) -> dict[str, list[dict]]:
+    """The rows of each model."""
+    found: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        found.setdefault(row["model"], []).append(row)
+    return found
 
 
 def about(record: dict) -> str:
@@ -105,18 +84,21 @@ def picture(record: dict) -> "Figure":
     """Bars of bytes moved and of bytes kept by the norms, for each model and provider."""
     from matplotlib.figure import Figure
 
-    shown = [model for model in models(record) if any("costs" in row for row in rows_of(record, model))]
+    shown = {model: rows for model, rows in by_model(record).items() if any("costs" in row for row in rows)}
     figure = Figure(figsize=(10, 0.9 + 2.15 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), 2, squeeze=False, sharex="col", width_ratios=(3, 2))
-    for (moved_axes, kept_axes), model in zip(axes, shown, strict=True):
-        rows = rows_of(record, model)[::-1]  # bars are drawn from the bottom
-        _bars(
-            moved_axes, rows, [[totals(record, row, "norms", way).moved for way in DIRECTIONS] if "costs" in row else None for row in rows]
-        )
-        _bars(kept_axes, rows, [[kept(record, row, "norms")] if "costs" in row else None for row in rows])
-        moved_axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    unit = record["tokens"] * KB
+    for (moved_axes, kept_axes), (model, rows) in zip(axes, shown.items(), strict=True):
+        for at, row in enumerate(reversed(rows)):  # bars are drawn from the bottom
+            counts = of_row(row) if "costs" in row else None
+            _bar(moved_axes, at, row["provider"], [counts.cost("norms", way).moved / unit for way in DIRECTIONS] if counts else [])
+            _bar(kept_axes, at, row["provider"], [counts.kept_by("norms") / unit] if counts else [])
+        moved_axes.set_yticks(range(len(rows)), map(_label, reversed(rows)))
         moved_axes.set_title(model, loc="left", fontweight="bold")
         kept_axes.set_yticks([])
+        for one in (moved_axes, kept_axes):
+            one.margins(x=0.12)
+            one.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_title("KB moved per token", loc="right")
     axes[0][1].set_title("KB kept per token", loc="right")
     handles = [axes[0][0].barh(0, 0, color="0.35", **look) for look in _LOOKS]
@@ -134,20 +116,10 @@ def _label(row: dict) -> str:
     return row["provider"] + share
 
 
-def _bars(axes: "Axes", rows: list[dict], values: list[list[float] | None]) -> None:
-    """Stacked bars with their sums; a dash where nothing was counted."""
-    for at, (row, parts) in enumerate(zip(rows, values, strict=True)):
-        if parts is None:
-            axes.text(0, at, f" {DASH}", va="center")
-            continue
-        left = 0.0
-        for part, look in zip(parts, _LOOKS, strict=False):
-            axes.barh(at, part, left=left, color=_color(row["provider"]), edgecolor="white", linewidth=0.5, **look)
-            left += part
-        axes.text(left, at, f" {left:.0f}", va="center")
-    axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _color(provider: str) -> str:
-    return style.VERMILLION if provider.startswith("ours") else style.BLUE
+def _bar(axes: "Axes", at: int, provider: str, parts: list[float]) -> None:
+    """Stacked parts with their sum; a dash where nothing was counted."""
+    left, color = 0.0, style.VERMILLION if provider.startswith("ours") else style.BLUE
+    for part, look in zip(parts, _LOOKS, strict=False):
+        axes.barh(at, part, left=left, color=color, edgecolor="white", linewidth=0.5, **look)
+        left += part
+    axes.text(left, at, f" {left:.0f}" if parts else f" {DASH}", va="center")

@@ -1,10 +1,8 @@
-"""Bytes that a launch of any Triton kernel moves, counted in Triton's interpreter: to be imported with TRITON_INTERPRET=1.
+"""Bytes that a launch of any Triton kernel loads and stores, counted in Triton's interpreter: to be imported with TRITON_INTERPRET=1.
 
 What is counted are the masked loads and stores of a program, lane by lane. Programs of one launch differ only in their masks and in the
 number of tiles they walk over, and both can only shrink as the program id grows. So if two programs move as many bytes, those between
 them do, too, and a launch is counted by bisection, from a few programs.
-
-A tensor that every program reads as a whole, such as the weight, is counted once per launch, because the caches of a GPU serve the rest.
 """
 
 import inspect
@@ -13,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from math import prod
+from itertools import product
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,8 +28,11 @@ class UncountableError(Exception):
 
 
 class Moved(NamedTuple):
-    read: int
-    written: int
+    """Bytes by the name of the kernel's pointer; of pointers into the same storage, the first one's."""
+
+    loaded: Counter[str]
+    stored: Counter[str]
+    again: Counter[str]  # of `loaded`: what every program loads as a whole, such as the weight, all but the first time
 
 
 class Launched(NamedTuple):
@@ -42,10 +43,14 @@ class Launched(NamedTuple):
     arguments: tuple[tuple[str, Any], ...]
     storages: tuple[tuple[int, int], ...]  # (number, bytes) of the storage of each tensor; tensors that share one have the same number
 
-    @property
-    def moved(self) -> Moved:
-        """Bytes read from and written to memory."""
-        return _moved(self)
+
+class _Metadata(NamedTuple):
+    """All of a tensor but its values and its place."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
 
 
 def launched(kernel: Any, grid: Any, arguments: dict[str, Any]) -> Launched:
@@ -62,15 +67,6 @@ def launched(kernel: Any, grid: Any, arguments: dict[str, Any]) -> Launched:
     )
 
 
-class _Metadata(NamedTuple):
-    """All of a tensor but its values and its place."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-
 def _described(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return _Metadata(tuple(argument.shape), argument.stride(), argument.storage_offset(), argument.dtype)
@@ -78,89 +74,78 @@ def _described(argument: Any) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _moved(launch: Launched) -> Moved:
-    memory = {number: torch.zeros(nbytes, dtype=torch.uint8).untyped_storage() for number, nbytes in launch.storages}
-    numbers = iter(number for number, _ in launch.storages)
-    arguments = {}
-    for name, value in launch.arguments:
-        if isinstance(value, _Metadata):
-            value = torch.empty(0, dtype=value.dtype).set_(memory[next(numbers)], value.offset, value.shape, value.strides)
-        arguments[name] = value
-    programs = _Programs(launch, arguments, list(memory.values()))
-    total: Counter = Counter()
-    for y in range(launch.grid[1]):
-        for z in range(launch.grid[2]):
-            total.update(programs.sum_over_x(y, z))
-    return Moved(*(sum(nbytes for (direction, _), nbytes in total.items() if direction == one) for one in ("read", "written")))
-
-
-class _Access(NamedTuple):
-    direction: str
-    storage: int
-    addresses: np.ndarray
-    itemsize: int
+def moved(launch: Launched) -> Moved:
+    """What all programs of a launch load and store."""
+    programs, total = _Programs(launch), Moved(Counter(), Counter(), Counter())
+    last = launch.grid[0] - 1
+    for y, z in product(*map(range, launch.grid[1:])):
+        row = programs.sum(0, last, y, z)
+        for (direction, name), nbytes in row.items():
+            getattr(total, direction)[name] += nbytes
+        if last:
+            total.again.update(programs.loaded_again(row, y, z))
+    return total
 
 
 class _Program(NamedTuple):
-    """What one program accesses, by direction and storage."""
+    """What one program accesses, by direction ("loaded" or "stored") and pointer."""
 
-    moved: dict[tuple[str, int], int]  # bytes
-    addresses: dict[tuple[str, int], frozenset[int]]  # those that are accessed first, which suffices to tell programs apart
+    moved: Counter[tuple[str, str]]  # bytes
+    addresses: dict[tuple[str, str], np.ndarray]  # those that are accessed first, which suffices to tell programs apart
 
 
 class _Programs:
-    """The programs of one launch."""
+    """The programs of one launch, with memory for its tensors."""
 
-    def __init__(self, launch: Launched, arguments: dict[str, Any], storages: list[torch.UntypedStorage]):
-        self.kernel, self.grid, self.arguments = launch.kernel, launch.grid, arguments
-        self.starts = [storage.data_ptr() for storage in storages]
-        self.ends = [storage.data_ptr() + storage.nbytes() for storage in storages]
+    def __init__(self, launch: Launched):
+        self.kernel, self.grid = launch.kernel, launch.grid
+        memory = {number: torch.zeros(nbytes, dtype=torch.uint8).untyped_storage() for number, nbytes in launch.storages}
+        self.arguments: dict[str, Any] = {}
+        self.places: dict[str, range] = {}  # addresses by the name of the pointer
+        numbers = iter(number for number, _ in launch.storages)
+        for name, value in launch.arguments:
+            if isinstance(value, _Metadata):
+                storage = memory[next(numbers)]
+                self.places[name] = range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+                value = torch.empty(0, dtype=value.dtype).set_(storage, value.offset, value.shape, value.strides)
+            self.arguments[name] = value
         self.interpreted: dict[tuple[int, int, int], _Program] = {}
 
-    def sum_over_x(self, y: int, z: int) -> Counter:
-        """Bytes of the programs of a row of the grid, by direction and storage."""
-        total = self._sum(0, self.grid[0] - 1, y, z)
-        if self.grid[0] > 1:
-            first, second = self._program(0, y, z), self._program(1, y, z)
-            for key, addresses in first.addresses.items():
-                if addresses == second.addresses.get(key):
-                    if key[0] == "written":
-                        raise UncountableError(f"programs of {self.kernel.__name__} write to the same addresses")
-                    total[key] = first.moved[key]
-        return total
-
-    def _sum(self, low: int, high: int, y: int, z: int) -> Counter:
-        first, last = self._program(low, y, z).moved, self._program(high, y, z).moved
+    def sum(self, low: int, high: int, y: int, z: int) -> Counter:
+        """Bytes of the programs from `low` to `high` of a row of the grid, by direction and pointer."""
+        first, last = self.program(low, y, z).moved, self.program(high, y, z).moved
         if first == last:
             return Counter({key: nbytes * (high - low + 1) for key, nbytes in first.items()})
         middle = (low + high) // 2
-        return self._sum(low, middle, y, z) + self._sum(middle + 1, high, y, z)
+        return self.sum(low, middle, y, z) + self.sum(middle + 1, high, y, z)
 
-    def _program(self, *at: int) -> _Program:
+    def loaded_again(self, total: Counter, y: int, z: int) -> dict[str, int]:
+        """Bytes of the programs of a row of the grid that the first of them has loaded."""
+        first, second = self.program(0, y, z), self.program(1, y, z)
+        again = {}
+        for (direction, name), addresses in first.addresses.items():
+            if np.array_equal(addresses, second.addresses.get((direction, name), ())):
+                if direction == "stored":
+                    raise UncountableError(f"programs of {self.kernel.__name__} write to the same addresses")
+                again[name] = total[direction, name] - first.moved[direction, name]
+        return again
+
+    def program(self, *at: int) -> _Program:
         if at not in self.interpreted:
-            moved: Counter = Counter()
-            addresses: dict[tuple[str, int], frozenset[int]] = {}
-            for access in self._run(at):
-                key = access.direction, access.storage
-                moved[key] += access.addresses.size * access.itemsize
-                addresses.setdefault(key, frozenset(access.addresses.tolist()))
-            self.interpreted[at] = _Program(dict(moved), addresses)
+            self.interpreted[at] = self._run(at)
         return self.interpreted[at]
 
-    def _run(self, program: tuple[int, ...]) -> list[_Access]:
+    def _run(self, at: tuple[int, ...]) -> _Program:
         """Interprets one program of the grid."""
-        accesses: list[_Access] = []
-
-        def note(direction: str, pointers: Any, mask: Any) -> None:
-            addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-            if addresses.size:
-                at = int(addresses.flat[0])
-                storage = next(i for i, start in enumerate(self.starts) if start <= at < self.ends[i])
-                accesses.append(_Access(direction, storage, addresses.ravel(), pointers.get_element_ty().primitive_bitwidth // 8))
+        found = _Program(Counter(), {})
 
         def noted(direction: str, mask_at: int, method: Callable) -> Callable:
             def run(builder: Any, pointers: Any, *arguments: Any) -> Any:
-                note(direction, pointers, arguments[mask_at])
+                addresses = pointers.data[np.broadcast_to(arguments[mask_at].data, pointers.data.shape)]
+                if addresses.size:
+                    key = direction, next(name for name, place in self.places.items() if int(addresses[0]) in place)
+                    found.moved[key] += addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
+                    found.addresses.setdefault(key, addresses)
                 return method(builder, pointers, *arguments)
 
             return run
@@ -171,18 +156,18 @@ class _Programs:
         builder = InterpreterBuilder
         set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
         with (
-            mock.patch.object(builder, "create_masked_load", noted("read", 0, builder.create_masked_load)),
-            mock.patch.object(builder, "create_masked_store", noted("written", 1, builder.create_masked_store)),
+            mock.patch.object(builder, "create_masked_load", noted("loaded", 0, builder.create_masked_load)),
+            mock.patch.object(builder, "create_masked_store", noted("stored", 1, builder.create_masked_store)),
             mock.patch.object(builder, "create_atomic_rmw", refused),
             mock.patch.object(builder, "create_atomic_cas", refused),
             mock.patch.object(builder, "set_grid_dim", lambda builder, *_: set_dim(builder, *self.grid)),
-            mock.patch.object(builder, "set_grid_idx", lambda builder, *_: set_idx(builder, *program)),
+            mock.patch.object(builder, "set_grid_idx", lambda builder, *_: set_idx(builder, *at)),
             mock.patch.object(interpreter, "_patch_lang", _once_per_module(interpreter._patch_lang)),
             _interpretable(self.kernel),
             np.errstate(all="ignore"),
         ):
             self.kernel[(1, 1, 1)](**{name: self._scalar(name, value) for name, value in self.arguments.items()})
-        return accesses
+        return found
 
     def _scalar(self, name: str, value: Any) -> Any:
         """A float without an annotation is fp32 in a kernel; the interpreter leaves it a Python number, which has no methods."""
@@ -217,13 +202,3 @@ def _interpretable(kernel: InterpretedFunction) -> Iterator[None]:
 def _in_language(function: str, *arguments: Any) -> Any:
     """Looks the function up when it is called, which is when the interpreter has replaced it."""
     return getattr(tl, function)(*arguments)
-
-
-def bound(kernel: InterpretedFunction, arguments: tuple, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a kernel by name, from those of a call, among whose options may be those of the compiler."""
-    return inspect.getcallargs(kernel.fn, *arguments, **{name: value for name, value in options.items() if name in kernel.arg_names})
-
-
-def elements(tensor: Tensor) -> int:
-    """Distinct elements of a tensor, which may be expanded."""
-    return prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
