@@ -1,5 +1,8 @@
 """Norms and layers that tests of patching derive theirs from."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,8 +20,12 @@ class Norm(nn.Module):
         self.eps = 1e-6
 
     def forward(self, x):
-        variance = x.float().pow(2).mean(-1, keepdim=True)
-        return self.weight * (x.float() * torch.rsqrt(variance + self.eps)).to(x.dtype)
+        return self.weight * (x.float() * rstd(self, x)).to(x.dtype)
+
+
+def rstd(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """In float32."""
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
 
 
 class Switched(Norm):
@@ -40,6 +47,21 @@ class Layer(nn.Module):
     def forward(self, x):
         x = x + self.linear(x)
         return x + self.norm(x)
+
+
+def norm_of(forward: Callable, name: str = "SomeNorm", **attributes: Any) -> nn.Module:
+    """A norm of a new class with this forward.
+
+    Args:
+        forward: a method.
+        name: of the class.
+        attributes: beside a weight of 64 ones and an epsilon, or in place of them. None: it has no such attribute.
+    """
+    norm = type(name, (nn.Module,), {"forward": forward})()
+    for attribute, value in ({"weight": nn.Parameter(torch.ones(64)), "eps": 1e-6} | attributes).items():
+        if value is not None:
+            setattr(norm, attribute, value)
+    return norm
 
 
 def original_of(module: nn.Module) -> nn.Module:

@@ -1,191 +1,124 @@
 """Recognition: each semantics is found and told from all others, what is something else is left alone, and nothing is touched."""
 
 import itertools
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from norms import norm_of, rstd
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from triton_rmsnorm.patching import recognition
 from triton_rmsnorm.patching.probes import HALF_MISMATCHES, agree
 from triton_rmsnorm.patching.proof import Proof
-from triton_rmsnorm.patching.reads import Reads, reads
+from triton_rmsnorm.patching.reads import Reads
 from triton_rmsnorm.patching.recognition import recognize
 from triton_rmsnorm.patching.semantics import SEMANTICS, Semantics, evaluate, gated
 
 
-class Norm(nn.Module):
-    """A norm of 64 columns; the cases below write their formulas by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(64))
-        self.eps = 1e-6
+def rounded(self, x):
+    return self.weight * (x.float() * rstd(self, x)).to(x.dtype)
 
 
-class Rounded(Norm):
-    def forward(self, x):
-        x_hat = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x_hat.to(x.dtype)
+def sum_by_einsum(self, x):
+    x32 = x.float()
+    mean = torch.einsum("...i,...i->...", x32, x32)[..., None] / x.shape[-1]
+    return (x32 * (mean + self.eps) ** -0.5 * self.weight.float()).type_as(x)
 
 
-class Plain(Norm):
-    def forward(self, hidden):
-        x = hidden.to(torch.float32)
-        return (self.weight * (x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + self.eps))).to(hidden.dtype)
+def rounded_if_weight_is_half(self, x):
+    x = x * rstd(self, x)
+    return self.weight * (x.to(self.weight.dtype) if self.weight.dtype in (torch.float16, torch.bfloat16) else x)
 
 
-class PowerAndSum(Norm):
-    def forward(self, x):
-        x32 = x.float()
-        mean = torch.einsum("...i,...i->...", x32, x32)[..., None] / x.shape[-1]
-        return (x32 * (mean + self.eps) ** -0.5 * self.weight.float()).type_as(x)
+def plain(self, x):
+    return (self.weight * (x.float() / torch.sqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
-class RoundedIfWeightIsHalf(Norm):
-    def forward(self, x):
-        x = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.to(self.weight.dtype) if self.weight.dtype in (torch.float16, torch.bfloat16) else x)
+def weightless(self, x):
+    return (x.float() * rstd(self, x)).type_as(x)
 
 
-class WithOffset(Norm):
-    def forward(self, x):
-        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1.0 + self.weight.float())).type_as(x)
+def grouped(self, x):
+    groups = x.float().unflatten(-1, (-1, self.group_size))
+    return (self.weight * (groups * rstd(self, groups)).flatten(-2)).to(x.dtype)
 
 
-class WithOffsetInItsDtype(Norm):
-    def forward(self, x):
-        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight)).type_as(x)
+def number_of_groups(self, x):
+    groups = x.float().unflatten(-1, (self.n_groups, -1))
+    return self.weight * (groups * rstd(self, groups)).flatten(-2).to(x.dtype)
 
 
-class Weightless(nn.Module):
-    def __init__(self, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x):
-        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+def gate_before(self, x, gate=None):
+    h = x.float() if gate is None else x.float() * F.silu(gate.float())
+    return self.weight * (h * rstd(self, h)).to(x.dtype)
 
 
-class WeightUnused(Weightless):
-    """Its buffer has another length than its input, as in Falcon-Mamba."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("weight", torch.ones(48), persistent=False)
+def gate_after(self, x, gate):
+    return (self.weight.float() * x.float() * rstd(self, x) * torch.sigmoid(gate.float())).to(x.dtype)
 
 
-class RoundedRstd(Weightless):
-    def forward(self, x):
-        return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps).to(x.dtype)
+def three_dimensions_only(self, x):
+    batch, length, _ = x.shape
+    return rounded(self, x).view(batch, length, -1)
 
 
-class Grouped(Norm):
-    def __init__(self, group_size=16):
-        super().__init__()
-        self.group_size = group_size
-
-    def forward(self, x):
-        groups = x.float().unflatten(-1, (-1, self.group_size))
-        y = (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
-        return (self.weight * y).to(x.dtype)
-
-
-class NumberOfGroups(Norm):
-    def __init__(self):
-        super().__init__()
-        self.n_groups = 8
-
-    def forward(self, x):
-        groups = x.float().unflatten(-1, (self.n_groups, -1))
-        y = (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
-        return self.weight * y.to(x.dtype)
-
-
-class Torchs(Norm):
-    def forward(self, x):
-        return F.rms_norm(x, (64,), self.weight, self.eps)
-
-
-class GateBefore(Norm):
-    def forward(self, x, gate=None):
-        h = x.float() if gate is None else x.float() * F.silu(gate.float())
-        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+ROUNDED = Semantics(x_hat_rounding="input")
+KNOWN = {
+    "rounded": (norm_of(rounded), ROUNDED),
+    "plain": (norm_of(plain), Semantics()),
+    "sum by einsum": (norm_of(sum_by_einsum), Semantics()),
+    "torch's": (norm_of(lambda self, x: F.rms_norm(x, (64,), self.weight, self.eps)), Semantics()),
+    "rounded if the weight is half": (norm_of(rounded_if_weight_is_half), Semantics(x_hat_rounding="half weight")),
+    "offset": (
+        norm_of(lambda self, x: (x.float() * rstd(self, x) * (1.0 + self.weight.float())).to(x.dtype)),
+        Semantics(weight_offset=1.0),
+    ),
+    "offset in its dtype": (
+        norm_of(lambda self, x: (x.float() * rstd(self, x) * (1 + self.weight)).type_as(x)),
+        Semantics(weight_offset=1.0, offset_in_weight_dtype=True),
+    ),
+    "weightless": (norm_of(weightless, weight=None), Semantics(scaled=False)),
+    "weight unused": (norm_of(weightless, weight=nn.Buffer(torch.ones(48), persistent=False)), Semantics(scaled=False)),
+    "rounded rstd": (norm_of(lambda self, x: x * rstd(self, x).to(x.dtype), weight=None), Semantics(scaled=False, rstd_rounded=True)),
+    "groups": (norm_of(grouped, group_size=16), Semantics(group_size=16)),
+    "number of groups": (norm_of(number_of_groups, n_groups=8), replace(ROUNDED, group_size=8)),
+    "gate before": (norm_of(gate_before), replace(ROUNDED, activation="silu", norm_before_gate=False)),
+    "gate after": (norm_of(gate_after), Semantics(activation="sigmoid")),
+    "three dimensions only": (norm_of(three_dimensions_only), ROUNDED),
+}
 
 
-class GateAfter(Norm):
-    def forward(self, x, gate):
-        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * y * torch.sigmoid(gate.float())).to(x.dtype)
-
-
-class ThreeDimensionsOnly(Norm):
-    def forward(self, x):
-        batch, length, _ = x.shape
-        x_hat = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x_hat.to(x.dtype).view(batch, length, -1)
-
-
-KNOWN = [
-    (Rounded, Semantics(x_hat_rounding="input")),
-    (Plain, Semantics()),
-    (PowerAndSum, Semantics()),
-    (RoundedIfWeightIsHalf, Semantics(x_hat_rounding="half weight")),
-    (WithOffset, Semantics(weight_offset=1.0)),
-    (WithOffsetInItsDtype, Semantics(weight_offset=1.0, offset_in_weight_dtype=True)),
-    (Weightless, Semantics(scaled=False)),
-    (WeightUnused, Semantics(scaled=False)),
-    (RoundedRstd, Semantics(scaled=False, rstd_rounded=True)),
-    (Grouped, Semantics(group_size=16)),
-    (NumberOfGroups, Semantics(x_hat_rounding="input", group_size=8)),
-    (Torchs, Semantics()),
-    (GateBefore, Semantics(x_hat_rounding="input", activation="silu", norm_before_gate=False)),
-    (GateAfter, Semantics(activation="sigmoid")),
-    (ThreeDimensionsOnly, Semantics(x_hat_rounding="input")),
-]
-
-
-@pytest.mark.parametrize(("cls", "semantics"), KNOWN, ids=lambda value: getattr(value, "__name__", ""))
-def test_norms_written_by_hand(cls, semantics):
-    norm = recognize(cls()).norm
+@pytest.mark.parametrize("name", KNOWN)
+def test_norms_written_by_hand(name):
+    module, semantics = KNOWN[name]
+    norm = recognize(module).norm
     assert norm.semantics == semantics
     assert norm.weight == ("weight" if semantics.scaled else None)
     assert norm.eps == "eps"
-    assert norm.autocast == {Torchs: "rms_norm", PowerAndSum: "other"}.get(cls, "unaffected")  # a matrix product is cast
+    assert norm.autocast == {"torch's": "rms_norm", "sum by einsum": "other"}.get(name, "unaffected")  # a matrix product is cast
 
 
-class Formula(Norm):
-    def __init__(self, semantics):
-        super().__init__()
-        self.semantics = semantics
-        self.columns_of_a_group = semantics.group_size or 64
-
-    def forward(self, x):
-        return evaluate(self.semantics, x, self.weight if self.semantics.scaled else None, self.eps)
+def formula(self, x):
+    return evaluate(self.semantics, x, self.weight if self.semantics.scaled else None, self.eps)
 
 
-class GatedFormula(Formula):
-    def forward(self, x, gate):
-        return evaluate(self.semantics, x, self.weight if self.semantics.scaled else None, self.eps, gate=gate)
+def gated_formula(self, x, gate):
+    return evaluate(self.semantics, x, self.weight if self.semantics.scaled else None, self.eps, gate=gate)
 
 
-@pytest.mark.parametrize("group_size", [None, 8])
-@pytest.mark.parametrize("semantics", SEMANTICS, ids=str)
-def test_each_semantics_fits_itself_alone(semantics, group_size):
-    semantics = Semantics(**{**vars(semantics), "group_size": group_size})
-    verdict = recognize(Formula(semantics))
-    assert verdict.norm is not None, verdict.reason
-    assert verdict.norm.semantics == semantics
+IN_GROUPS = [replace(semantics, group_size=8) for semantics in SEMANTICS]
+GATED = [one for some in SEMANTICS[::5] for one in gated(some)]
 
 
-@pytest.mark.parametrize("semantics", [one for some in SEMANTICS[::5] for one in gated(some)], ids=str)
-def test_each_gated_semantics_fits_itself_alone(semantics):
-    verdict = recognize(GatedFormula(semantics))
+@pytest.mark.parametrize("semantics", [*SEMANTICS, *IN_GROUPS, *GATED], ids=str)
+def test_each_semantics_fits_itself_alone(semantics):
+    forward = gated_formula if semantics.activation else formula
+    verdict = recognize(norm_of(forward, semantics=semantics, columns_of_a_group=semantics.group_size or 64))
     assert verdict.norm is not None, verdict.reason
     assert verdict.norm.semantics == semantics
 
@@ -194,7 +127,7 @@ def test_each_gated_semantics_fits_itself_alone(semantics):
 def test_semantics_differ_by_far_more_than_is_put_down_to_rounding(scaled):
     """For each pair there is a probe with another dtype, or 25 times as many other elements as HALF_MISMATCHES."""
     some = [semantics for semantics in SEMANTICS if semantics.scaled == scaled]
-    proof = Proof(Norm(), Reads(), (1, 1))
+    proof = Proof(norm_of(rounded), Reads(), (1, 1))
     proof.shape, proof.rows = (64,), (8,)
     probes = list(proof._probes("eps"))
     outputs = {one: [proof._expected(one, probe, "eps") for probe in probes] for one in some}
@@ -208,135 +141,47 @@ def test_semantics_differ_by_far_more_than_is_put_down_to_rounding(scaled):
 # --- what is something else ---
 
 
-class MeanSubtractedNorm(Norm):
-    def forward(self, x):
-        centered = x.float() - x.float().mean(-1, keepdim=True)
-        return (self.weight * centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+def scaled_by(factor):
+    """A forward that multiplies x and the weight by this function of self and x in float32."""
+    return lambda self, x: (self.weight * x.float() * factor(self, x.float())).to(x.dtype)
 
 
-class UnbiasedVarianceNorm(Norm):
-    def forward(self, x):
-        return x * (self.weight * torch.rsqrt(x.var(-1, keepdim=True) + self.eps))
+def mean_square(x):
+    return x.pow(2).mean(-1, keepdim=True)
 
 
-class L2Norm(Norm):
-    def forward(self, x):
-        x32 = x.float()
-        return (self.weight * x32 * torch.rsqrt(x32.pow(2).sum(-1, keepdim=True) + self.eps)).to(x.dtype)
+def without_mean(self, x):
+    centered = x.float() - x.float().mean(-1, keepdim=True)
+    return (self.weight * centered * rstd(self, centered)).to(x.dtype)
 
 
-class EpsOutsideNorm(Norm):
-    def forward(self, x):
-        x32 = x.float()
-        return (self.weight * x32 / (x32.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)).to(x.dtype)
+def mean_detached(self, x):
+    with torch.no_grad():
+        factor = rstd(self, x)
+    return self.weight * (x.float() * factor).to(x.dtype)
 
 
-class EpsIsABoundNorm(Norm):
-    def forward(self, x):
-        x32 = x.float()
-        return (self.weight * x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True).clamp_min(self.eps))).to(x.dtype)
+def in_place(self, x):
+    x.mul_(rstd(self, x).to(x.dtype))
+    return self.weight * x
 
 
-class EpsIsBoundedNorm(Norm):
-    def forward(self, x):
-        x32 = x.float()
-        return (self.weight * x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + min(self.eps, 1e-2))).to(x.dtype)
+def counting(self, x):
+    self.calls += 1
+    return rounded(self, x)
 
 
-class EpsIgnoredNorm(Norm):
-    def forward(self, x):
-        x32 = x.float()
-        return (self.weight * x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+def running_mean(self, x):
+    self.weight.lerp_(x.detach().float().reshape(-1, 64).mean(0), 0.1)
+    return rounded(self, x)
 
 
-class NoEpsNorm(Norm):
-    def __init__(self):
-        super().__init__()
-        del self.eps
-
-    def forward(self, x):
-        return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True))).to(x.dtype)
+def in_the_dtype_of_x(self, x):
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-class NormalizedNorm(NoEpsNorm):
-    def forward(self, x):
-        return (F.normalize(x.float(), dim=-1) * 8 * self.weight).to(x.dtype)
-
-
-class InInputDtypeNorm(Norm):
-    def forward(self, x):
-        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-class RstdOnlyNorm(Weightless):
-    def forward(self, x):
-        return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps).to(x.dtype)
-
-
-class DetachedMeanNorm(Norm):
-    def forward(self, x):
-        with torch.no_grad():
-            rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * rstd).to(x.dtype)
-
-
-class FrozenWeightNorm(Norm):
-    def forward(self, x):
-        x_hat = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight.detach() * x_hat.to(x.dtype)
-
-
-class OverRowsNorm(Norm):
-    def forward(self, x):
-        return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean() + self.eps)).to(x.dtype)
-
-
-class PartOfTheColumnsNorm(Norm):
-    def forward(self, x):
-        return (self.weight * x.float() * torch.rsqrt(x.float()[..., :63].pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class DroppedNorm(Rounded):
-    def forward(self, x):
-        return F.dropout(super().forward(x), 0.1, self.training)
-
-
-class NanReplacedNorm(Rounded):
-    def forward(self, x):
-        return super().forward(x).nan_to_num()
-
-
-class InPlaceNorm(Norm):
-    def forward(self, x):
-        x.mul_(torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps).to(x.dtype))
-        return self.weight * x
-
-
-class CountingNorm(Rounded):
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x)
-
-
-class RunningMeanNorm(Rounded):
-    def __init__(self):
-        super().__init__()
-        del self.weight
-        self.register_buffer("weight", torch.ones(64))
-
-    def forward(self, x):
-        self.weight.lerp_(x.detach().float().reshape(-1, 64).mean(0), 0.1)
-        return super().forward(x)
-
-
-class TwoWeights(Rounded):
-    def __init__(self):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(64))
+def fails(self, x):
+    raise NotImplementedError("a kernel for another device")
 
 
 class AdaRMSNorm(nn.Module):
@@ -350,45 +195,50 @@ class AdaRMSNorm(nn.Module):
         return self.linear2(self.linear1(x))
 
 
-class Fails(Norm):
-    def forward(self, x):
-        raise NotImplementedError("a kernel for another device")
+# Norms, reasons (None: not in the report), and whether they resemble an RMS norm.
+OTHERS = {
+    "a LayerNorm": (norm_of(without_mean), None, False),
+    "unbiased": (norm_of(lambda self, x: x * (self.weight * torch.rsqrt(x.var(-1, keepdim=True) + self.eps))), "unbiased", False),
+    "L2": (norm_of(scaled_by(lambda self, x: torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.eps))), "L2 norm", False),
+    "eps outside": (norm_of(scaled_by(lambda self, x: 1 / (mean_square(x).sqrt() + self.eps))), "outside the square root", False),
+    "eps clamps the mean square": (
+        norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x).clamp_min(self.eps)))),
+        "clamps the mean square by its epsilon",
+        False,
+    ),
+    "eps clamps the root": (
+        norm_of(scaled_by(lambda self, x: 1 / mean_square(x).sqrt().clamp_min(self.eps))),
+        "clamps the root mean square by its epsilon",
+        False,
+    ),
+    "eps has a limit": (norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x) + min(self.eps, 1e-2)))), "no RMS norm", False),
+    "eps ignored": (norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x) + 1e-6))), "does not depend on its eps", False),
+    "no eps": (norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x))), eps=None), "no epsilon", False),
+    "F.normalize": (
+        norm_of(lambda self, x: (F.normalize(x.float(), dim=-1) * 8 * self.weight).to(x.dtype), eps=None),
+        "no epsilon",
+        False,
+    ),
+    "in the dtype of x": (norm_of(in_the_dtype_of_x), "rounds in no known order", True),
+    "rstd": (norm_of(lambda self, x: rstd(self, x).to(x.dtype), weight=None), "reciprocal", False),
+    "mean detached": (norm_of(mean_detached), "gradient", True),
+    "weight detached": (norm_of(lambda self, x: self.weight.detach() * (x.float() * rstd(self, x)).to(x.dtype)), "gradient", True),
+    "over rows": (norm_of(scaled_by(lambda self, x: torch.rsqrt(x.pow(2).mean() + self.eps))), "no RMS norm", False),
+    "part of the columns": (norm_of(scaled_by(lambda self, x: rstd(self, x[..., :63]))), "no RMS norm", False),
+    "dropout": (norm_of(lambda self, x: F.dropout(rounded(self, x), 0.1, self.training)), "draws random numbers", False),
+    "NaN replaced": (norm_of(lambda self, x: rounded(self, x).nan_to_num()), "no RMS norm", False),
+    "in place": (norm_of(in_place), "changes its input", False),
+    "counting": (norm_of(counting, calls=0), "changes the module", False),
+    "running mean": (norm_of(running_mean, weight=nn.Buffer(torch.ones(64))), "changes the module", False),
+    "parts": (AdaRMSNorm(), "more parameters and buffers than a weight: linear1, linear2", False),
+    "fails": (norm_of(fails), None, False),
+    "fails by name": (norm_of(fails, "SomeRMSNorm"), "fails on a copy on the CPU: NotImplementedError: a kernel for another", True),
+}
 
 
-class RMSNormThatFails(Fails):
-    pass
-
-
-OTHERS = [
-    (MeanSubtractedNorm, None, False),  # a LayerNorm
-    (UnbiasedVarianceNorm, "unbiased", False),
-    (L2Norm, "L2 norm", False),
-    (EpsOutsideNorm, "outside the square root", False),
-    (EpsIsABoundNorm, "clamps the mean square by its epsilon", False),
-    (EpsIsBoundedNorm, "no RMS norm", False),
-    (EpsIgnoredNorm, "does not depend on its eps", False),
-    (NoEpsNorm, "no epsilon", False),
-    (NormalizedNorm, "no epsilon", False),
-    (InInputDtypeNorm, "rounds in no known order", True),
-    (RstdOnlyNorm, "reciprocal", False),
-    (DetachedMeanNorm, "gradient", True),
-    (FrozenWeightNorm, "gradient", True),
-    (OverRowsNorm, "no RMS norm", False),
-    (PartOfTheColumnsNorm, "no RMS norm", False),
-    (DroppedNorm, "draws random numbers", False),
-    (NanReplacedNorm, "no RMS norm", False),
-    (InPlaceNorm, "changes its input", False),
-    (CountingNorm, "changes the module", False),
-    (RunningMeanNorm, "changes the module", False),
-    (AdaRMSNorm, "more parameters and buffers than a weight: linear1, linear2", False),
-    (Fails, None, False),
-    (RMSNormThatFails, "fails on a copy on the CPU: NotImplementedError: a kernel for another device", True),
-]
-
-
-@pytest.mark.parametrize(("cls", "reason", "resembles"), OTHERS, ids=lambda value: getattr(value, "__name__", ""))
-def test_what_is_something_else_is_left_alone(cls, reason, resembles):
-    verdict = recognize(cls())
+@pytest.mark.parametrize(("module", "reason", "resembles"), OTHERS.values(), ids=OTHERS)
+def test_what_is_something_else_is_left_alone(module, reason, resembles):
+    verdict = recognize(module)
     if reason is None:
         assert verdict is None
     else:
@@ -399,7 +249,15 @@ def test_what_is_something_else_is_left_alone(cls, reason, resembles):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Linear(64, 64), nn.LayerNorm(64), nn.LayerNorm(64, bias=False), nn.BatchNorm1d(64), nn.SiLU(), nn.Dropout(1e-3), TwoWeights()],
+    [
+        nn.Linear(64, 64),
+        nn.LayerNorm(64),
+        nn.LayerNorm(64, bias=False),
+        nn.BatchNorm1d(64),
+        nn.SiLU(),
+        nn.Dropout(1e-3),
+        norm_of(rounded, bias=nn.Parameter(torch.zeros(64))),
+    ],
     ids=lambda module: type(module).__name__,
 )
 def test_other_modules_are_not_even_looked_at(module):
@@ -409,12 +267,11 @@ def test_other_modules_are_not_even_looked_at(module):
 def test_what_cannot_be_told_is_left_alone():
     """Where input and weight have one dtype, rounding to the one or the other is the same."""
 
-    class RefusesMixedNorm(Rounded):
-        def forward(self, x):
-            assert x.dtype == self.weight.dtype
-            return super().forward(x)
+    def refuses_mixed(self, x):
+        assert x.dtype == self.weight.dtype
+        return rounded(self, x)
 
-    verdict = recognize(RefusesMixedNorm())
+    verdict = recognize(norm_of(refuses_mixed))
     assert verdict.norm is None
     assert verdict.resembles
     assert "more than one semantics fits: w · x_hat.to(x); w · x_hat.to(w if half)" in verdict.reason
@@ -423,49 +280,37 @@ def test_what_cannot_be_told_is_left_alone():
 # --- where things are ---
 
 
-def test_other_names_of_weight_and_epsilon():
-    class Other(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(64))
-            self.variance_epsilon, self.dropout, self.size = 1e-5, 0.1, 64
-
-        def forward(self, t):
-            return (t.float() * torch.rsqrt(t.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.scale).to(t.dtype)
-
-    norm = recognize(Other()).norm
-    assert (norm.weight, norm.eps) == ("scale", "variance_epsilon")
+def other_names(self, t):
+    return (t.float() * torch.rsqrt(mean_square(t.float()) + self.variance_epsilon) * self.scale).to(t.dtype)
 
 
-@pytest.mark.parametrize("eps", [1e-12, 1e-8, 1e-6, 1.5e-5, 1e-3, torch.finfo(torch.float32).eps])
-def test_epsilon_in_the_code(eps):
-    class Constant(NoEpsNorm):
-        def forward(self, x):
-            return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-    assert recognize(Constant()).norm.eps == eps
+def configured(self, x):
+    return (self.weight * x.float() * torch.rsqrt(mean_square(x.float()) + self.config.eps)).to(x.dtype)
 
 
-def test_epsilon_in_a_configuration():
-    class Configured(NoEpsNorm):
-        def __init__(self, config):
-            super().__init__()
-            self.config = config
-
-        def forward(self, x):
-            return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
-
-    assert recognize(Configured(SimpleNamespace(eps=1e-6))).norm.eps == "config.eps"
+def with_constant(eps):
+    return norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x) + eps)), eps=None)
 
 
-def test_epsilon_of_the_class():
-    class OfTheClass(NoEpsNorm):
-        eps = 1e-5
+def of_the_class(eps):
+    norm = norm_of(rounded, eps=None)
+    type(norm).eps = eps
+    return norm
 
-        def forward(self, x):
-            return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-    assert recognize(OfTheClass()).norm.eps == "eps"
+SCALE = nn.Parameter(torch.ones(64))
+PLACES = [
+    (norm_of(other_names, weight=None, eps=None, scale=SCALE, variance_epsilon=1e-5, dropout=0.1, size=64), "scale", "variance_epsilon"),
+    (norm_of(configured, eps=None, config=SimpleNamespace(eps=1e-6)), "weight", "config.eps"),
+    (of_the_class(1e-5), "weight", "eps"),
+    *((with_constant(eps), "weight", eps) for eps in (1e-12, 1e-8, 1e-6, 1.5e-5, 1e-3, torch.finfo(torch.float32).eps)),
+]
+
+
+@pytest.mark.parametrize(("module", "weight", "eps"), PLACES, ids=lambda value: str(value) if isinstance(value, (str, float)) else "")
+def test_where_weight_and_epsilon_are(module, weight, eps):
+    norm = recognize(module).norm
+    assert (norm.weight, norm.eps) == (weight, eps)
 
 
 @pytest.mark.parametrize("shape", [64, (4, 16), (2, 3, 5)], ids=str)
@@ -480,9 +325,7 @@ def test_torchs_module(shape, affine, eps):
 
 @pytest.mark.parametrize("columns", [2, 3, 127, 4096])
 def test_any_number_of_columns(columns):
-    module = Rounded()
-    module.weight = nn.Parameter(torch.ones(columns))
-    assert recognize(module).norm.semantics == Semantics(x_hat_rounding="input")
+    assert recognize(norm_of(rounded, weight=nn.Parameter(torch.ones(columns)))).norm.semantics == ROUNDED
 
 
 # --- what is remembered ---
@@ -492,18 +335,15 @@ def test_verdicts_are_remembered_by_class_and_attributes(monkeypatch):
     proofs = []
     prove = recognition._prove
     monkeypatch.setattr(recognition, "_prove", lambda module, found: proofs.append(module) or prove(module, found))
-
-    class Remembered(Grouped):
-        pass
-
-    memory = {}
-    first = recognize(Remembered(16), memory)
-    assert recognize(Remembered(16), memory) is first
+    module, memory = norm_of(grouped, group_size=16), {}
+    first = recognize(module, memory)
+    assert recognize(module, memory) is first
     assert len(proofs) == 1
-    assert recognize(Remembered(32), memory).norm.semantics.group_size == 32
+    module.group_size = 32
+    assert recognize(module, memory).norm.semantics.group_size == 32
     assert len(proofs) == 2
-    Remembered.forward = Rounded.forward
-    assert recognize(Remembered(16), memory).norm.semantics == Semantics(x_hat_rounding="input")
+    type(module).forward = rounded
+    assert recognize(module, memory).norm.semantics == ROUNDED
     assert len(proofs) == 3
 
 
@@ -514,84 +354,39 @@ def test_attributes_that_have_no_hash():
     class Config:
         eps: float
 
-    class Configured(NoEpsNorm):
-        def __init__(self, config):
-            super().__init__()
-            self.config = config
-
-        def forward(self, x):
-            return (self.weight * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.config.eps)).to(x.dtype)
-
-    config, memory = Config(1e-6), {}
-    first = recognize(Configured(config), memory)
+    module, memory = norm_of(configured, eps=None, config=Config(1e-6)), {}
+    first = recognize(module, memory)
     assert first.norm.eps == "config.eps"
-    assert recognize(Configured(config), memory) is first
-    assert recognize(Configured(Config(1e-6)), memory) is not first
+    assert recognize(module, memory) is first
+    module.config = Config(1e-6)
+    assert recognize(module, memory) is not first
 
 
-# --- what is not touched ---
+# --- the modes of the caller ---
 
 
-def prove(module):
-    return recognition._prove(module, reads(module))
-
-
-def test_the_module_is_only_looked_at():
-    module = Rounded()
-    nn.init.normal_(module.weight)
-    module.weight.grad = torch.randn(64)
-    called = []
-    module.register_forward_hook(lambda *_: called.append("forward"))
-    module.register_forward_pre_hook(lambda *_: called.append("pre"))
-    module.register_full_backward_hook(lambda *_: called.append("backward"))
-    before = {name: id(value) for name, value in vars(module).items()}
-    weight, version, copies = module.weight, module.weight._version, (module.weight.detach().clone(), module.weight.grad.clone())
-    state = torch.get_rng_state()
-    recognition._prove(module, reads(module))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not called
-    assert {name: id(value) for name, value in vars(module).items()} == before
-    assert module.weight is weight
-    assert module.weight._version == version
-    assert torch.equal(module.weight, copies[0])
-    assert torch.equal(module.weight.grad, copies[1])
-    assert torch.is_grad_enabled()
-
-
-def test_random_numbers_are_given_back():
-    state = torch.get_rng_state()
-    assert prove(DroppedNorm()).norm is None
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    "mode",
-    [torch.no_grad, torch.inference_mode, lambda: torch.device("meta"), lambda: torch.autocast("cpu", torch.bfloat16)],
-    ids=["no_grad", "inference_mode", "meta", "autocast"],
-)
-def test_in_any_mode(mode):
-    with mode():
-        verdict = prove(Rounded())
-        grad = torch.is_grad_enabled()
-    assert verdict.norm.semantics == Semantics(x_hat_rounding="input")
-    assert grad == (mode not in (torch.no_grad, torch.inference_mode))
-
-
-def test_under_fake_tensors():
-    from torch._subclasses import FakeTensorMode
-
-    with FakeTensorMode():
-        verdict = prove(Rounded())
-    assert verdict.norm.semantics == Semantics(x_hat_rounding="input")
-
-
-def test_on_the_meta_device():
-    assert prove(Rounded().to("meta")).norm.semantics == Semantics(x_hat_rounding="input")
-
-
-def test_default_dtype_does_not_matter():
+@contextmanager
+def default_dtype():
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert prove(Plain()).norm.semantics == Semantics()
+        yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "fake": FakeTensorMode,
+    "default dtype": default_dtype,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_any_mode(mode):
+    with MODES[mode]():
+        verdict = recognize(norm_of(plain))
+        assert torch.is_grad_enabled() == (mode not in ("no_grad", "inference_mode"))
+    assert verdict.norm.semantics == Semantics()
