@@ -6,6 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
@@ -37,6 +39,16 @@ def launches() -> Iterator[list[launch.Recorded]]:
     """The launches of a test, as they happen."""
     with launch.recorded() as recorded:
         yield recorded
+
+
+@pytest.fixture
+def group_of_one(tmp_path, monkeypatch, device) -> Iterator[DeviceMesh]:
+    """The mesh of one process that is all of a group."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield dist.init_device_mesh(device.type, (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture

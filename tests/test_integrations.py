@@ -23,11 +23,6 @@ BLOCKS = {
 }
 
 
-def test_frameworks_are_imported_when_they_are_asked_for():
-    code = "import sys, triton_rmsnorm; triton_rmsnorm.kernel_mapping(); assert not {'transformers', 'kernels'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_versions_that_do_not_fit(monkeypatch):
     import_utils = pytest.importorskip("transformers.utils.import_utils")
     monkeypatch.setattr(import_utils, "is_kernels_available", lambda: False)
@@ -66,19 +61,9 @@ def tiny(tmp_path, monkeypatch) -> Path:
     return path
 
 
-@pytest.fixture
-def alone(tmp_path, monkeypatch):
-    """One process that is all of a group."""
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
-        monkeypatch.setenv(name, str(value))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
-def test_blocks_of_the_page(block, tiny, alone, launches):
+def test_blocks_of_the_page(block, tiny, group_of_one, launches):
     """Where a block's framework is installed."""
     for framework in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
         pytest.importorskip(framework)

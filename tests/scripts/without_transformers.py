@@ -6,9 +6,10 @@ import torch
 
 import triton_rmsnorm
 
+triton_rmsnorm.kernel_mapping()
+assert not {"transformers", "kernels"} & sys.modules.keys()  # the package does not import them
 sys.modules["transformers"] = None
 
-assert not any(name.startswith("transformers.") for name in sys.modules)  # the package does not import it
 print(triton_rmsnorm.patch(torch.nn.RMSNorm(8)).replaced)
 try:
     triton_rmsnorm.patch("llama")
