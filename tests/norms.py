@@ -20,12 +20,12 @@ class Norm(nn.Module):
         self.eps = 1e-6
 
     def forward(self, x):
-        return self.weight * (x.float() * rstd(self, x)).to(x.dtype)
+        return self.weight * (x.float() * rstd(x, self.eps)).to(x.dtype)
 
 
-def rstd(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
     """In float32."""
-    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
 
 
 class Switched(Norm):

@@ -1,13 +1,15 @@
 """What changes after a norm was recognized: between two patches, and while it is patched. No call may give numbers of before."""
 
 import copy
+import io
 import pickle
+import sys
 import types
 from types import SimpleNamespace
 
 import pytest
 import torch
-from norms import COLUMNS, Norm, Switched, original_of
+from norms import COLUMNS, Layer, Norm, Switched, original_of, rstd
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -31,14 +33,13 @@ class Optional(Norm):
 class Configured(Norm):
     """Its epsilon and more are in a configuration."""
 
-    def __init__(self, config):
+    def __init__(self, eps=1e-6, scaled=False):
         super().__init__()
-        self.eps, self.config = None, config
+        self.eps, self.config = None, SimpleNamespace(eps=eps, scaled=scaled, factors={"all": 1.0})
 
     def forward(self, x):
         factor = self.config.factors["all"] if self.config.scaled else 1
-        variance = x.float().pow(2).mean(-1, keepdim=True)
-        return factor * self.weight * (x.float() * torch.rsqrt(variance + self.config.eps)).to(x.dtype)
+        return factor * self.weight * (x.float() * rstd(x, self.config.eps)).to(x.dtype)
 
 
 class InGlobals(Norm):
@@ -53,88 +54,36 @@ class InAModule(Norm):
 
 class WithMethod(Norm):
     def factor(self, x):
-        return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return rstd(x, self.eps)
 
     def forward(self, x):
-        return self.weight * (x.float() * self.factor(x.float())).to(x.dtype)
+        return self.weight * (x.float() * self.factor(x)).to(x.dtype)
 
 
 SWITCH = True
 flags = types.ModuleType("flags_of_a_test")
+BIAS = nn.Parameter(torch.ones(COLUMNS))
 
 
-def configuration():
-    return SimpleNamespace(eps=1e-6, scaled=False, factors={"all": 1.0})
-
-
-def set_switch(norm):
-    norm.on = False
-
-
-def set_bias(norm):
-    norm.bias = nn.Parameter(torch.ones(COLUMNS))
-
-
-def register_bias(norm):
-    norm.register_parameter("bias", nn.Parameter(torch.ones(COLUMNS)))
-
-
-def register_bias_as_buffer(norm):
+def bias_becomes_a_buffer(norm):
     del norm.bias
-    norm.register_buffer("bias", torch.ones(COLUMNS))
+    norm.register_buffer("bias", BIAS.detach())
 
 
-def set_switch_of_class(norm):
-    Switched.on = False
-
-
-def scale_in_configuration(norm):
-    norm.config.scaled, norm.config.factors["all"] = True, 2.0
-
-
-def scale_in_a_dictionary(norm):
-    norm.config.factors["all"] = 2.0
-
-
-def another_configuration(norm):
-    norm.config = SimpleNamespace(eps=0.5, scaled=True, factors={"all": 3.0})
-
-
-def set_global(norm):
-    global SWITCH
-    SWITCH = False
-
-
-def set_in_module(norm):
-    flags.on = False
-
-
-def replace_forward(norm):
-    Norm.forward = lambda self, x: 2 * x
-
-
-def replace_method(norm):
-    WithMethod.factor = lambda self, x: 2
-
-
-def scaled_configuration():
-    return SimpleNamespace(eps=1e-6, scaled=True, factors={"all": 1.0})
-
-
-CHANGES = [
-    (Switched, set_switch),
-    (Optional, set_bias),
-    (Optional, register_bias),
-    (Optional, register_bias_as_buffer),
-    (Switched, set_switch_of_class),
-    (lambda: Configured(configuration()), scale_in_configuration),
-    (lambda: Configured(scaled_configuration()), scale_in_a_dictionary),
-    (lambda: Configured(configuration()), another_configuration),
-    (InGlobals, set_global),
-    (InAModule, set_in_module),
-    (Norm, replace_forward),
-    (WithMethod, replace_method),
-]
+CHANGES = {
+    "attribute": (Switched, lambda norm: setattr(norm, "on", False)),
+    "parameter": (Optional, lambda norm: setattr(norm, "bias", BIAS)),
+    "registered parameter": (Optional, lambda norm: norm.register_parameter("bias", BIAS)),
+    "registered buffer": (Optional, bias_becomes_a_buffer),
+    "attribute of the class": (Switched, lambda norm: setattr(Switched, "on", False)),
+    "configuration": (Configured, lambda norm: vars(norm.config).update(scaled=True, factors={"all": 2.0})),
+    "dictionary": (lambda: Configured(scaled=True), lambda norm: norm.config.factors.update(all=2.0)),
+    "another configuration": (Configured, lambda norm: setattr(norm, "config", Configured(0.5, scaled=True).config)),
+    "global": (InGlobals, lambda norm: globals().update(SWITCH=False)),
+    "global of another module": (InAModule, lambda norm: setattr(flags, "on", False)),
+    "forward": (Norm, lambda norm: setattr(Norm, "forward", lambda self, x: 2 * x)),
+    "method": (WithMethod, lambda norm: setattr(WithMethod, "factor", lambda self, x: 2)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -144,10 +93,10 @@ def _as_before(monkeypatch):
     monkeypatch.setattr(Norm, "forward", Norm.forward)
     monkeypatch.setattr(WithMethod, "factor", WithMethod.factor)
     monkeypatch.setattr(flags, "on", True, raising=False)
-    monkeypatch.setitem(__import__("sys").modules, flags.__name__, flags)
+    monkeypatch.setitem(sys.modules, flags.__name__, flags)
 
 
-@pytest.mark.parametrize(("make", "change"), CHANGES, ids=lambda value: value.__name__)
+@pytest.mark.parametrize(("make", "change"), CHANGES.values(), ids=CHANGES)
 def test_while_it_is_patched(make, change, device, launches):
     """The call after the change gives what an unpatched norm gives, also where it was compiled before."""
     norm, x = make().to(device), torch.randn(3, COLUMNS, device=device)
@@ -161,7 +110,7 @@ def test_while_it_is_patched(make, change, device, launches):
     assert len(launches) == 1
 
 
-@pytest.mark.parametrize(("make", "change"), CHANGES, ids=lambda value: value.__name__)
+@pytest.mark.parametrize(("make", "change"), CHANGES.values(), ids=CHANGES)
 def test_between_two_patches(make, change, device):
     """A second norm, patched after the change, is recognized anew; so is the first after unpatch."""
     norm, x = make().to(device), torch.randn(3, COLUMNS, device=device)
@@ -174,22 +123,15 @@ def test_between_two_patches(make, change, device):
 
 
 def test_epsilon_of_a_configuration_is_followed(device, launches):
-    norm = Configured(configuration()).to(device)
-    patch(norm)
-    x = torch.randn(3, COLUMNS, device=device)
-    norm.config.eps = 0.5
-    torch.testing.assert_close(norm(x), original_of(norm)(x))
-    assert launches
-
-
-def test_two_models_share_a_configuration(device):
-    config, x = configuration(), 0.1 * torch.randn(3, COLUMNS, device=device)
-    for eps in (1e-6, 1e-2):
-        config.eps = eps
-        norm = Configured(config).to(device)
-        expected = norm(x)
+    """Also where two models share the configuration."""
+    norms = [Configured().to(device) for _ in range(2)]
+    norms[1].config = norms[0].config
+    x = 0.1 * torch.randn(3, COLUMNS, device=device)
+    for norm, eps in zip(norms, (1e-2, 0.5), strict=True):
         patch(norm)
-        torch.testing.assert_close(norm(x), expected)
+        norm.config.eps = eps
+        torch.testing.assert_close(norm(x), original_of(norm)(x))
+    assert len(launches) == 2
 
 
 def test_other_attributes_leave_it_patched(device, launches):
@@ -287,12 +229,9 @@ class WithArguments(Norm):
         return (COLUMNS,)
 
 
-class WithKeywords(Norm):
+class WithKeywords(WithArguments):
     def __new__(cls, *, size):
-        return super().__new__(cls)
-
-    def __init__(self, *, size):
-        super().__init__()
+        return super().__new__(cls, size)
 
     def __getnewargs_ex__(self):
         return (), {"size": COLUMNS}
@@ -322,19 +261,38 @@ class Copied(Norm):
         return copied
 
 
-COPIED = [WithArguments(COLUMNS), WithKeywords(size=COLUMNS), Reduced(), ReducedToNothing(), Copied(), Norm()]
+COPIED = [
+    WithArguments(COLUMNS),
+    WithKeywords(size=COLUMNS),
+    Reduced(),
+    ReducedToNothing(),
+    Copied(),
+    Norm(),
+    nn.RMSNorm(COLUMNS, eps=0.1),
+    Layer(),
+]
+
+
+def saved_and_loaded(norm):
+    file = io.BytesIO()
+    torch.save(norm, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("norm", COPIED, ids=lambda norm: type(norm).__name__)
-def test_copies_of_classes_with_ways_of_their_own(norm, device):
+def test_copies(norm, device):
+    """Also of fused layers, and of classes with ways of their own to be copied and pickled."""
     norm = copy.deepcopy(norm).to(device)
-    patch(norm)
+    original = type(norm)
+    patch(norm, fuse_residual=True)
     x = torch.randn(3, COLUMNS, device=device)
-    for one in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert isinstance(one, type(norm)) or type(norm).__mro__[1] is Copied
+    pickled = [pickle.loads(pickle.dumps(norm, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for one in (copy.copy(norm), copy.deepcopy(norm), *pickled, saved_and_loaded(norm)):
+        assert isinstance(one, (type(norm), Copied)) and one.extra_repr() == norm.extra_repr()
         assert torch.equal(one(x), norm(x))
         unpatch(one)
-        assert not is_replacement(type(one))
+        assert type(one) is original
 
 
 def test_a_copy_is_what_the_class_is_by_then(device):
@@ -356,7 +314,7 @@ def test_a_copy_is_what_the_class_is_by_then(device):
 
 
 def test_reads():
-    found = reads(Configured(configuration()))
+    found = reads(Configured())
     assert {"weight", "config"} <= found.names and not found.every and not found.autocast
     assert {path: value for root, path, value in found.values if not root} == {
         ("config", "eps"): 1e-6,

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from norms import COLUMNS, Layer, Norm, original_of
+from norms import COLUMNS, Layer, Norm, norm_of, original_of
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -62,26 +62,6 @@ def test_an_error_midway_leaves_nothing(where, error, monkeypatch):
     assert patch(model, fuse_residual=True).replaced == 3
 
 
-def test_strict_undoes_what_it_did():
-    class OtherRMSNorm(Norm):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    model = nn.Sequential(Norm(), OtherRMSNorm())
-    assert "no RMS norm" in reason(OtherRMSNorm())
-    assert not patch(copy.deepcopy(model), strict=True).rows[1].resembles
-
-    class NearlyRMSNorm(Norm):
-        def forward(self, x):
-            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    model.append(NearlyRMSNorm())
-    before = classes(model)
-    with pytest.raises(RuntimeError, match="rounds in no known order"):
-        patch(model, strict=True)
-    assert classes(model) == before
-
-
 class Sealed(Norm):
     def __init_subclass__(cls, **named):
         raise TypeError("may not be derived from")
@@ -121,17 +101,6 @@ def test_a_layer_whose_class_refuses_subclasses():
             assert report.fused == fused
             assert fused or "may not be derived from" in report.rows[-1].reason
             unpatch(model)
-
-
-class WithSlots:
-    __slots__ = ("extra",)
-
-
-def test_a_class_that_cannot_have_another():
-    class Slotted(Norm, WithSlots):
-        pass
-
-    assert "cannot have a subclass: __bases__ assignment" in reason(Slotted())
 
 
 class Refusing(type):
@@ -444,43 +413,15 @@ def test_quantized_weights():
 # --- reasons ---
 
 
-class ScalarRMSNorm(Norm):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-
-class ChannelsRMSNorm(Norm):
-    def __init__(self, *shape):
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(COLUMNS, *shape))
-
-    def forward(self, x):
-        weight = self.weight.view(-1, *(1,) * (x.dim() - 2))
-        return weight * x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps)
-
-
-class EpsilonRMSNorm(Norm):
-    def __init__(self):
-        super().__init__()
-        self.eps = nn.Parameter(torch.tensor(1e-6))
+def normalize_dimension_1(self, x):
+    weight = self.weight.view(-1, *(1,) * (x.dim() - 2))
+    return weight * x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps)
 
 
 class ParametrizedRMSNorm(Norm):
     def __init__(self):
         super().__init__()
         parametrize.register_parametrization(self, "weight", nn.Identity())
-
-
-class BiasedRMSNorm(Norm):
-    def __init__(self):
-        super().__init__()
-        self.bias, self.linear = nn.Parameter(torch.zeros(COLUMNS)), nn.Linear(2, 2)
-
-
-class StarRMSNorm(Norm):
-    def forward(self, *arguments):
-        return super().forward(arguments[0])
 
 
 class CountingRMSNorm(Norm):
@@ -491,20 +432,52 @@ class CountingRMSNorm(Norm):
         return super().forward(x)
 
 
-class LayerNormWithoutBias(Norm):
-    def forward(self, x):
-        return F.layer_norm(x, (COLUMNS,), self.weight, None, self.eps)
+class WithSlots:
+    __slots__ = ("extra",)
 
 
+class Slotted(Norm, WithSlots):
+    pass
+
+
+def with_a_forward():
+    norm = Norm()
+    norm.forward = functools.partial(Norm.forward, norm)
+    return norm
+
+
+def hooked():
+    hooks = pytest.importorskip("accelerate").hooks
+    return hooks.add_hook_to_module(Norm(), hooks.ModelHook())
+
+
+def rms_norm_of(forward=Norm.forward, **attributes):
+    return functools.partial(norm_of, forward, "SomeRMSNorm", **attributes)
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.rand(shape))
+
+
+BEFORE = "patch the model before it is wrapped, on every rank"
 REASONS = [
-    (ScalarRMSNorm, "its weight is one number for all columns"),
-    (ChannelsRMSNorm, "it normalizes dimension 1, not the last"),
-    (lambda: ChannelsRMSNorm(1, 1), "it normalizes dimension 1, not the last"),
-    (EpsilonRMSNorm, "its eps is a parameter, for which it would need a gradient"),
+    (rms_norm_of(weight=parameter(1)), "its weight is one number for all columns"),
+    (rms_norm_of(normalize_dimension_1), "it normalizes dimension 1, not the last"),
+    (rms_norm_of(normalize_dimension_1, weight=parameter(64, 1, 1)), "it normalizes dimension 1, not the last"),
+    (rms_norm_of(eps=nn.Parameter(torch.tensor(1e-6))), "its eps is a parameter, for which it would need a gradient"),
+    (rms_norm_of(weight=nn.Buffer(torch.arange(64))), "its weight is torch.int64"),
     (ParametrizedRMSNorm, "it is parametrized"),
-    (BiasedRMSNorm, "it has more parameters and buffers than a weight: weight, bias, linear"),
-    (StarRMSNorm, "its forward takes other arguments than an RMS norm's"),
+    (rms_norm_of(bias=parameter(64), linear=nn.Linear(2, 2)), "it has more parameters and buffers than a weight: weight, bias, linear"),
+    (rms_norm_of(lambda self, *arguments: arguments[0]), "its forward takes other arguments than an RMS norm's"),
     (CountingRMSNorm, "its forward changes what it reads"),
+    (Slotted, "its class cannot have a subclass: __bases__ assignment: 'Slotted' object layout differs from 'Module'"),
+    (with_a_forward, "its forward was replaced: patch the model before that"),
+    (hooked, "accelerate has hooked it: patch the model before that"),
+    (rms_norm_of(weight=parameter(0)), f"its weight is empty, as where ZeRO-3 or FSDP has partitioned it: {BEFORE}"),
+    (
+        rms_norm_of(weight=torch.rand(64)),
+        f"its weight is a tensor, but neither parameter nor buffer, as where FSDP has flattened it: {BEFORE}",
+    ),
 ]
 
 
@@ -513,21 +486,15 @@ def test_reasons(make, words):
     assert reason(make()) == words
 
 
-def test_partitioned():
-    """As after ZeRO-3 or FSDP, whose norms have to be patched before."""
-    norm = Norm()
-    norm.weight.data = torch.empty(0)
-    assert "ZeRO-3 or FSDP has partitioned it: patch the model before it is wrapped, on every rank" in reason(norm)
-    flat = Norm()
-    weight = flat.weight.data
-    del flat.weight
-    flat.weight = weight
-    report = patch(nn.Sequential(type("FlatRMSNorm", (Norm,), {})(), flat))
-    assert report.replaced == 1
+@pytest.mark.slow
+def test_distributed_norms(group_of_one):
+    norm = torch.distributed.tensor.distribute_module(Norm().to(group_of_one.device_type), group_of_one)
+    assert reason(norm) == f"torch.distributed has taken it over: {BEFORE}"
 
 
 def test_layer_norms_are_not_in_the_report():
-    assert patch(nn.Sequential(nn.LayerNorm(8), LayerNormWithoutBias(), nn.BatchNorm1d(8), nn.GroupNorm(2, 8))) == Report(())
+    layer_norm = norm_of(lambda self, x: F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps), "LayerNormWithoutBias")
+    assert patch(nn.Sequential(nn.LayerNorm(8), layer_norm, nn.BatchNorm1d(8), nn.GroupNorm(2, 8))) == Report(())
 
 
 # --- the report ---

@@ -21,7 +21,7 @@ from triton_rmsnorm.patching.semantics import SEMANTICS, Semantics, evaluate, ga
 
 
 def rounded(self, x):
-    return self.weight * (x.float() * rstd(self, x)).to(x.dtype)
+    return self.weight * (x.float() * rstd(x, self.eps)).to(x.dtype)
 
 
 def sum_by_einsum(self, x):
@@ -31,7 +31,7 @@ def sum_by_einsum(self, x):
 
 
 def rounded_if_weight_is_half(self, x):
-    x = x * rstd(self, x)
+    x = x * rstd(x, self.eps)
     return self.weight * (x.to(self.weight.dtype) if self.weight.dtype in (torch.float16, torch.bfloat16) else x)
 
 
@@ -40,26 +40,26 @@ def plain(self, x):
 
 
 def weightless(self, x):
-    return (x.float() * rstd(self, x)).type_as(x)
+    return (x.float() * rstd(x, self.eps)).type_as(x)
 
 
 def grouped(self, x):
     groups = x.float().unflatten(-1, (-1, self.group_size))
-    return (self.weight * (groups * rstd(self, groups)).flatten(-2)).to(x.dtype)
+    return (self.weight * (groups * rstd(groups, self.eps)).flatten(-2)).to(x.dtype)
 
 
 def number_of_groups(self, x):
     groups = x.float().unflatten(-1, (self.n_groups, -1))
-    return self.weight * (groups * rstd(self, groups)).flatten(-2).to(x.dtype)
+    return self.weight * (groups * rstd(groups, self.eps)).flatten(-2).to(x.dtype)
 
 
 def gate_before(self, x, gate=None):
     h = x.float() if gate is None else x.float() * F.silu(gate.float())
-    return self.weight * (h * rstd(self, h)).to(x.dtype)
+    return self.weight * (h * rstd(h, self.eps)).to(x.dtype)
 
 
 def gate_after(self, x, gate):
-    return (self.weight.float() * x.float() * rstd(self, x) * torch.sigmoid(gate.float())).to(x.dtype)
+    return (self.weight.float() * x.float() * rstd(x, self.eps) * torch.sigmoid(gate.float())).to(x.dtype)
 
 
 def three_dimensions_only(self, x):
@@ -75,16 +75,16 @@ KNOWN = {
     "torch's": (norm_of(lambda self, x: F.rms_norm(x, (64,), self.weight, self.eps)), Semantics()),
     "rounded if the weight is half": (norm_of(rounded_if_weight_is_half), Semantics(x_hat_rounding="half weight")),
     "offset": (
-        norm_of(lambda self, x: (x.float() * rstd(self, x) * (1.0 + self.weight.float())).to(x.dtype)),
+        norm_of(lambda self, x: (x.float() * rstd(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)),
         Semantics(weight_offset=1.0),
     ),
     "offset in its dtype": (
-        norm_of(lambda self, x: (x.float() * rstd(self, x) * (1 + self.weight)).type_as(x)),
+        norm_of(lambda self, x: (x.float() * rstd(x, self.eps) * (1 + self.weight)).type_as(x)),
         Semantics(weight_offset=1.0, offset_in_weight_dtype=True),
     ),
     "weightless": (norm_of(weightless, weight=None), Semantics(scaled=False)),
     "weight unused": (norm_of(weightless, weight=nn.Buffer(torch.ones(48), persistent=False)), Semantics(scaled=False)),
-    "rounded rstd": (norm_of(lambda self, x: x * rstd(self, x).to(x.dtype), weight=None), Semantics(scaled=False, rstd_rounded=True)),
+    "rounded rstd": (norm_of(lambda self, x: x * rstd(x, self.eps).to(x.dtype), weight=None), Semantics(scaled=False, rstd_rounded=True)),
     "groups": (norm_of(grouped, group_size=16), Semantics(group_size=16)),
     "number of groups": (norm_of(number_of_groups, n_groups=8), replace(ROUNDED, group_size=8)),
     "gate before": (norm_of(gate_before), replace(ROUNDED, activation="silu", norm_before_gate=False)),
@@ -152,17 +152,17 @@ def mean_square(x):
 
 def without_mean(self, x):
     centered = x.float() - x.float().mean(-1, keepdim=True)
-    return (self.weight * centered * rstd(self, centered)).to(x.dtype)
+    return (self.weight * centered * rstd(centered, self.eps)).to(x.dtype)
 
 
 def mean_detached(self, x):
     with torch.no_grad():
-        factor = rstd(self, x)
+        factor = rstd(x, self.eps)
     return self.weight * (x.float() * factor).to(x.dtype)
 
 
 def in_place(self, x):
-    x.mul_(rstd(self, x).to(x.dtype))
+    x.mul_(rstd(x, self.eps).to(x.dtype))
     return self.weight * x
 
 
@@ -220,11 +220,11 @@ OTHERS = {
         False,
     ),
     "in the dtype of x": (norm_of(in_the_dtype_of_x), "rounds in no known order", True),
-    "rstd": (norm_of(lambda self, x: rstd(self, x).to(x.dtype), weight=None), "reciprocal", False),
+    "rstd": (norm_of(lambda self, x: rstd(x, self.eps).to(x.dtype), weight=None), "reciprocal", False),
     "mean detached": (norm_of(mean_detached), "gradient", True),
-    "weight detached": (norm_of(lambda self, x: self.weight.detach() * (x.float() * rstd(self, x)).to(x.dtype)), "gradient", True),
+    "weight detached": (norm_of(lambda self, x: self.weight.detach() * (x.float() * rstd(x, self.eps)).to(x.dtype)), "gradient", True),
     "over rows": (norm_of(scaled_by(lambda self, x: torch.rsqrt(x.pow(2).mean() + self.eps))), "no RMS norm", False),
-    "part of the columns": (norm_of(scaled_by(lambda self, x: rstd(self, x[..., :63]))), "no RMS norm", False),
+    "part of the columns": (norm_of(scaled_by(lambda self, x: rstd(x[..., :63], self.eps))), "no RMS norm", False),
     "dropout": (norm_of(lambda self, x: F.dropout(rounded(self, x), 0.1, self.training)), "draws random numbers", False),
     "NaN replaced": (norm_of(lambda self, x: rounded(self, x).nan_to_num()), "no RMS norm", False),
     "in place": (norm_of(in_place), "changes its input", False),
