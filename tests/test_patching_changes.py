@@ -288,7 +288,7 @@ def test_copies(norm, device):
     patch(norm, fuse_residual=True)
     x = torch.randn(3, COLUMNS, device=device)
     pickled = [pickle.loads(pickle.dumps(norm, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
-    for one in (copy.copy(norm), copy.deepcopy(norm), *pickled, saved_and_loaded(norm)):
+    for one in (copy.deepcopy(norm), *pickled, saved_and_loaded(norm), copy.copy(norm)):
         assert isinstance(one, (type(norm), Copied)) and one.extra_repr() == norm.extra_repr()
         assert torch.equal(one(x), norm(x))
         unpatch(one)

@@ -288,6 +288,10 @@ def configured(self, x):
     return (self.weight * x.float() * torch.rsqrt(mean_square(x.float()) + self.config.eps)).to(x.dtype)
 
 
+def by_another_function(self, x):
+    return rounded(self, x)
+
+
 def with_constant(eps):
     return norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x) + eps)), eps=None)
 
@@ -303,6 +307,8 @@ PLACES = [
     (norm_of(other_names, weight=None, eps=None, scale=SCALE, variance_epsilon=1e-5, dropout=0.1, size=64), "scale", "variance_epsilon"),
     (norm_of(configured, eps=None, config=SimpleNamespace(eps=1e-6)), "weight", "config.eps"),
     (of_the_class(1e-5), "weight", "eps"),
+    (norm_of(by_another_function, "Scale"), "weight", "eps"),
+    (norm_of(by_another_function, "Scale", eps=nn.Buffer(torch.tensor(1e-6))), "weight", "eps"),
     *((with_constant(eps), "weight", eps) for eps in (1e-12, 1e-8, 1e-6, 1.5e-5, 1e-3, torch.finfo(torch.float32).eps)),
 ]
 

@@ -84,7 +84,7 @@ def _suggests_norm(module: nn.Module) -> bool:
         return False
     if _inputs(cls) is None or len(_weights(module)) > 1 or any(own_tensors(child) for _, child in named_modules(module)[1:]):
         return False
-    if may_be_norm(cls):
+    if may_be_norm(cls) or any(is_epsilon(name, tensor) for name, tensor in own_tensors(module).items()):
         return True
     return any("eps" in name or (type(v) is float and 0 < v <= 1e-2) for name, v in attributes(module).items())
 
