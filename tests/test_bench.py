@@ -14,9 +14,9 @@ from bench import problem as problems
 from bench.problem import DIRECTIONS, LAYOUTS, VARIANTS, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
 from bench.speed import check, report, run, tune
-from triton_rmsnorm import reference
 from triton_rmsnorm.runtime import autotune, launch, table
 from triton_rmsnorm.runtime.config import SM_90, analytic
+from triton_rmsnorm.testing import composed
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -32,23 +32,13 @@ def few_heads(monkeypatch):
     monkeypatch.setattr(problems, "HEADS", 4)
 
 
-def by_reference(problem):
-    """The formulas in plain torch, without torch's own operator."""
-
-    def norm(x, weight, residual, gate):
-        y, _, residual_out = reference.forward(reference.Inputs(x, weight, residual, gate), problem.spec)
-        return y if residual_out is None else (y, residual_out)
-
-    return norm
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp64"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_are_those_of_the_tensors(variant, dtype):
     small = Problem(32, 48, variant=variant, dtype=dtype, weight_dtype=dtype)
     data = draw(small, CPU)
     outputs, gradients = (
-        check.make_call(small._replace(direction=direction), by_reference(small), data)() for direction in ("forward", "backward")
+        check.make_call(small._replace(direction=direction), composed(small.spec), data)() for direction in ("forward", "backward")
     )
     dx, dweight, *rest = gradients
     read = [*data.cotangents, outputs[-1] if data.residual is not None else data.x, data.weight]
@@ -101,44 +91,45 @@ def test_providers_pass_the_check(problem, name, device):
     assert check.wrong(call(), expected) == ""  # also when it is repeated
 
 
+def changed(change):
+    """A norm whose y and x + residual are changed."""
+    return lambda norm, *tensors: change(*norm(*tensors))
+
+
+def halved(index):
+    """A norm whose gradient of one input is halved."""
+
+    def defective(norm, *tensors):
+        half = tensors[index] / 2
+        return norm(*tensors[:index], half.detach() + half, *tensors[index + 1 :])
+
+    return defective
+
+
 DEFECTS = {
-    "y": lambda y, *rest: (y * 1.02, *rest),
-    "one element of y": lambda y, *rest: (torch.cat([y[:1] * 1.5, y[1:]]), *rest),
-    "nan": lambda y, *rest: (torch.where(torch.arange(y.shape[-1]) == 3, torch.nan, y), *rest),
-    "x + residual": lambda y, r: (y, r + 0.1),
+    "y": (changed(lambda y, r: (y * 1.02, r)), "y"),
+    "one element of y": (changed(lambda y, r: (torch.cat([y[:1] * 1.5, y[1:]]), r)), "y"),
+    "nan": (changed(lambda y, r: (torch.where(torch.arange(y.shape[-1]) == 3, torch.nan, y), r)), "y"),
+    "x + residual": (changed(lambda y, r: (y, r + 0.1)), "residual_out"),
+    "dx": (halved(0), "dx"),
+    "dweight": (halved(1), "dweight"),
+    "dresidual": (halved(2), "dresidual"),
 }
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def test_check_finds_what_is_wrong(defect, direction):
-    problem = Problem(32, 48, direction, "residual")
-    data, norm = draw(problem, CPU), by_reference(problem)
-    call = check.make_call(problem, lambda *tensors: DEFECTS[defect](*norm(*tensors)), data)
-    assert check.wrong(call(), check.expect(problem, data)) != ""
+@pytest.mark.parametrize(("defective", "wrong"), DEFECTS.values(), ids=DEFECTS)
+def test_check_finds_what_is_wrong(defective, wrong):
+    problem = Problem(32, 48, "forward+backward", "residual")
+    data, norm = draw(problem, CPU), composed(problem.spec)
+    call = check.make_call(problem, lambda *tensors: defective(norm, *tensors), data)
+    assert check.wrong(call(), check.expect(problem, data)).startswith(f"{wrong} takes ")
 
 
 def test_check_counts_results():
     problem = Problem(32, 48, variant="residual")
     data = draw(problem, CPU)
-    call = check.make_call(problem, lambda *tensors: by_reference(problem)(*tensors)[0], data)
+    call = check.make_call(problem, lambda *tensors: composed(problem.spec)(*tensors)[0], data)
     assert check.wrong(call(), check.expect(problem, data)) == "1 results instead of 2"
-
-
-@pytest.mark.parametrize("wrong_input", ["x", "weight", "residual"])
-def test_check_finds_wrong_gradients(wrong_input):
-    problem = Problem(32, 48, "backward", "residual")
-    data = draw(problem, CPU)
-    norm, index = by_reference(problem), ["x", "weight", "residual"].index(wrong_input)
-
-    def defective(*tensors):
-        tensors = list(tensors)
-        half = tensors[index] / 2
-        tensors[index] = half.detach() + half  # the gradient of it is halved
-        return norm(*tensors)
-
-    fault = check.wrong(check.make_call(problem, defective, data)(), check.expect(problem, data))
-    assert fault.startswith(f"d{wrong_input} takes ") and fault.endswith(" of its error budget")
 
 
 def test_check_finds_a_weight_gradient_accumulated_in_bf16():
@@ -149,7 +140,7 @@ def test_check_finds_a_weight_gradient_accumulated_in_bf16():
     total = torch.zeros(8, dtype=torch.bfloat16)
     for row in (data.dy.float() * x_hat).bfloat16():
         total += row
-    results = check.make_call(problem, by_reference(problem), data)()
+    results = check.make_call(problem, composed(problem.spec), data)()
     assert check.wrong(results, expected) == ""
     assert check.wrong([results[0], total.float()], expected).startswith("dweight takes ")
 
@@ -195,7 +186,7 @@ def clock(monkeypatch):
 
 def vandal(problem):
     """Right at first, but it writes over the gradient that arrives, and is wrong if that is not restored."""
-    norm = by_reference(problem)
+    norm = composed(problem.spec)
 
     class Overwriting(torch.autograd.Function):
         @staticmethod
@@ -236,7 +227,7 @@ def failing(problem):
 
 
 def wrong(problem):
-    norm = by_reference(problem)
+    norm = composed(problem.spec)
     return lambda *tensors: norm(*tensors) * 1.1
 
 
@@ -344,7 +335,7 @@ def test_report():
     rows += [timed(Problem(1, 64), OURS, 40), timed(Problem(1, 64), "Liger", 30), timed(Problem(1, 64), EAGER, 90)]
     rows += [timed(Problem(2, 64), OURS, 40.5), timed(Problem(2, 64), "Liger", 40)]
     rows += [timed(Problem(3, 64), OURS, 40), timed(Problem(3, 64), "Liger", 1, status="unsupported", note="no")]
-    lines = report.markdown([run_of(*rows)]).splitlines()
+    lines = report.markdown(run_of(*rows)).splitlines()
     assert "| 131072 x 1024 forward bf16 | 100.0 | 5369 | 90.0% | Liger | 200.0 | 2.00x |" in lines
     assert "| 3 x 64 forward bf16 | 40.0 | 0 |  |  |  |  |" in lines
     mean = (2 * 2 * 0.75 * 40 / 40.5) ** 0.25
@@ -369,17 +360,15 @@ def test_plot(tmp_path, monkeypatch, capsys):
     assert str(picture) in capsys.readouterr().out
 
 
-def test_both_directions_fit_their_axes():
-    rows = [timed(problem, OURS, 100 if problem.direction == "forward" else 10) for problem in LARGE]
-    for axes in report.picture([run_of(*rows)]).axes[:2]:
+@pytest.mark.parametrize("problems", [LARGE, LARGE[:1], []], ids=["all", "one row", "nothing"])
+def test_plot_of_what_is_there(problems, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # cannot be imported: it would choose the caller's backend
+    rows = [timed(problem, OURS, 100 if problem.direction == "forward" else 10) for problem in problems]
+    figure = report.picture(run_of(*rows))
+    figure.savefig(tmp_path / "plot.png")
+    for axes in figure.axes[:2]:
         bottom, top = axes.get_ylim()
         assert bottom == 0 and all(line.get_ydata().max() < top for line in axes.lines)
-
-
-@pytest.mark.parametrize("rows", [[timed(LARGE[0], OURS, 100)], []], ids=["one row", "nothing"])
-def test_plot_of_what_is_there(rows, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # cannot be imported: it would choose the caller's backend
-    report.picture([run_of(*rows)]).savefig(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=str)
@@ -393,7 +382,7 @@ def test_keys_are_those_of_the_launches(problem, monkeypatch):
 
 
 def test_tune(monkeypatch, tmp_path, capsys):
-    """From nothing to a table, on from there, and all anew."""
+    """From nothing to a table, and on from there."""
     searched = []
 
     def search(key, device):
@@ -417,5 +406,3 @@ def test_tune(monkeypatch, tmp_path, capsys):
 
         assert tune.main(["--suite", "quick"]) == 0
         assert len(searched) == n and f"{n} configurations, 0 of them new" in capsys.readouterr().out
-        assert tune.main(["--suite", "quick", "--fresh"]) == 0
-        assert len(searched) == 2 * n

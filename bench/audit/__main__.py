@@ -6,11 +6,9 @@ warps, bytes in flight and instructions, and the bytes that come from memory com
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
 
 import triton
 from rich import box
@@ -58,12 +56,6 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _json(row: Row) -> dict:
-    kernels = [kernel._asdict() | {"warps": kernel.warps} for kernel in row.kernels]
-    more = {**row.problem._asdict(), "memory": row.memory, "cache": row.cache, "minimum": row.minimum, "broken": rules.broken(row)}
-    return row._asdict() | {"problem": str(row.problem), "kernels": kernels} | more
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.audit", description=__doc__.split(": ", 1)[1].split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a representative part of the grid")
@@ -71,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
     parser.add_argument("--n", action="append", type=int, choices=GRID, metavar="N", help="only rows of N columns; may be repeated")
     parser.add_argument("--jobs", type=int, help="processes; by default one per core")
-    parser.add_argument("--json", type=Path, help="write all that was found to this file")
     parser.add_argument("--peers", action="store_true", help="compare kernels with those of Liger and flash-linear-attention instead")
     parser.add_argument("--freeze", action="store_true", help="keep the figures, of the grid or with --quick of its part, for tests")
     options = parser.parse_args(arguments)
@@ -91,8 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
     rows = audit(chosen, options.target or tuple(TARGETS), options.jobs)
     for table in tables(rows):
         console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": [_json(row) for row in rows]}, indent=1) + "\n")
     for line in rules.worse(rules.frozen(), rules.figures(rows)):
         console.print(f"worse than frozen: {line}", highlight=False)
     if options.freeze:

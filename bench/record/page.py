@@ -42,9 +42,8 @@ def markdown(record: dict[str, Any], pictures: list[str]) -> list[str]:
         "",
         f"`python -m bench.record`, {about['date']}: {versions}.",
     ]
-    runs = measured(record)
-    compared = report.comparisons(runs)
-    lines += ["", "## Losses", "", *losses(compared)]
+    run = measured(record)
+    lines += ["", "## Losses", "", *losses(report.comparisons(run))]
     lines += ["", "## Steps", "", "| step | outcome | minutes | |", "|---|---|--:|---|"]
     order = list(STEPS)
     for name, step in sorted(record["steps"].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
@@ -57,8 +56,8 @@ def markdown(record: dict[str, Any], pictures: list[str]) -> list[str]:
         if rows:
             lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'--:|' * len(columns)}"]
             lines += [f"| {' | '.join(map(str, row))} |" for row in cells(rows)]
-    if runs:
-        lines += ["", "## Every problem", "", report.markdown(runs)]
+    if run["rows"]:
+        lines += ["", "## Every problem", "", report.markdown(run)]
     return lines
 
 
@@ -74,9 +73,11 @@ def losses(compared: list[Comparison]) -> list[str]:
     return lines
 
 
-def measured(record: dict[str, Any]) -> list[dict]:
-    """The runs of the benchmark: where they overlap, the last one counts."""
-    return [content for kind in ("run-quick", "run-full") for content in _files(record, kind)]
+def measured(record: dict[str, Any]) -> dict[str, Any]:
+    """The runs of the benchmark as one: where they overlap, the last one counts."""
+    runs = [*_files(record, "run-quick"), *_files(record, "run-full")]
+    last = runs[-1] if runs else {"metadata": record["metadata"], "absent": {}}
+    return last | {"rows": [row for run in runs for row in run["rows"]]}
 
 
 def _files(record: dict[str, Any], kind: str) -> list[dict]:
@@ -89,8 +90,8 @@ def _rows(record: dict[str, Any], step: str) -> Any:
 
 
 def _speed(record: dict[str, Any]) -> "Figure | None":
-    runs = measured(record)
-    return report.picture(runs) if runs else None
+    run = measured(record)
+    return report.picture(run) if run["rows"] else None
 
 
 def _bars(record: dict[str, Any]) -> "Figure | None":
@@ -175,9 +176,8 @@ def _first_use(rows: list[dict]) -> Iterator[tuple]:
 
 def _memory(rows: dict[str, dict]) -> Iterator[tuple]:
     for name, row in rows.items():
-        seconds = row["step_seconds"]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
-        yield name, f"{1000 * seconds[1]:.1f}" if seconds else row["note"], peak
+        yield name, f"{1000 * row['step_seconds']['median']:.1f}" if row["step_seconds"] else row["note"], peak
 
 
 TABLES: tuple[tuple[str, str, tuple[str, ...], Callable[[Any], Iterator[tuple]]], ...] = (

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,23 +80,13 @@ def tune(folder: Path, minutes: float) -> Outcome:
     return Outcome("done" if note.endswith(" 0 left") else "partial", note)
 
 
-def quick(folder: Path, minutes: float) -> Outcome:
-    return _run("quick", folder, minutes)
-
-
-def full(folder: Path, minutes: float) -> Outcome:
-    return _run("full", folder, minutes)
-
-
-def _run(suite: str, folder: Path, minutes: float) -> Outcome:
+def suite(name: str, folder: Path, minutes: float) -> Outcome:
     from bench.speed import run
 
-    status = run.main(["--suite", suite, "--minutes", f"{minutes}"])
-    content = json.loads(records.newest(f"run-{suite}").read_text())
-    rows = content["rows"]
-    names = [run.CEILING, *(name for name in run.PROVIDERS if name not in content["absent"])]
-    left = len(names) * len(run.SUITES[suite]) - len(rows)
-    note = f"{len(rows)} cells" + (f", {left} left" if left else "")
+    status = run.main(["--suite", name, "--minutes", f"{minutes}"])
+    content = json.loads(records.newest(f"run-{name}").read_text())
+    left = len(run.cells(name, content["absent"])) - len(content["rows"])
+    note = f"{len(content['rows'])} cells" + (f", {left} left" if left else "")
     if status:
         return Outcome("failed", f"{note}; ours failed or was wrong")
     return Outcome("partial" if left else "done", note)
@@ -137,44 +128,36 @@ def memory(folder: Path, minutes: float) -> Outcome:
     """Time and memory of training steps, with and without the outputs of norms kept for the backward."""
     from dataclasses import replace
 
-    from bench.train.job import PRESETS, read_text
+    from bench.train import report
+    from bench.train.job import PRESETS
     from bench.train.providers import BASELINE, RECOMPUTED
-    from bench.train.run import compare
+    from bench.train.run import Run, attempt
 
     job = PRESETS["1b"]
     job = replace(job, steps=job.steps // 4, device=records.gpu(), sizes=job.sizes | {"num_hidden_layers": 4})
-    runs = compare(job, read_text(None), (BASELINE, "ours", RECOMPUTED))
-    rows = {
-        name: {
-            "status": run.status,
-            "note": run.note,
-            "peak_bytes": run.peak_bytes,
-            "step_seconds": run.step_seconds if run.measured else None,
-        }
-        for name, run in runs.items()
-    }
-    notes = []
-    for name, run in runs.items():
-        peak = f", {run.peak_bytes / 2**30:.2f} GiB" if run.peak_bytes else ""
-        notes.append(f"{name}: {1000 * run.step_seconds[1]:.1f} ms{peak}" if run.measured else f"{name}: {run.status}")
-    return Outcome("done" if all(run.measured for run in runs.values()) else "failed", "; ".join(notes), {"rows": rows})
+    runs: dict[str, Run] = {}
+    for name in (BASELINE, "ours", RECOMPUTED):
+        runs[name] = attempt(name, job, runs)
+    rows = report.figures({}, job, runs)["runs"]
+    return Outcome("done" if all(run.measured for run in runs.values()) else "failed", _trained(rows), {"rows": rows})
 
 
 def train(folder: Path, minutes: float) -> Outcome:
     from bench.train import __main__ as command
 
     status = command.main(["--preset", "1b", "--compare", "--out", str(folder)])
-    return _trained(status)
-
-
-def _trained(status: int) -> Outcome:
-    runs = json.loads(records.newest("train").read_text())["runs"]
-    note = "; ".join(
-        f"{name} {run['tokens_per_second']:,.0f} tokens/s" if run["status"] == "measured" else f"{name}: {run['status']}"
-        for name, run in runs.items()
-        if name != "control"
-    )
+    note = _trained(json.loads(records.newest("train").read_text())["runs"])
     return Outcome("failed", f"ours differs or failed; {note}") if status else Outcome(note=note)
+
+
+def _trained(runs: dict[str, dict]) -> str:
+    """Time of a step and memory, or why there are none."""
+    notes = []
+    for name, run in runs.items():
+        peak = f", {run['peak_bytes'] / 2**30:.2f} GiB" if run["peak_bytes"] else ""
+        measured = run["status"] == "measured"
+        notes.append(f"{name}: {1000 * run['step_seconds']['median']:.1f} ms{peak}" if measured else f"{name}: {run['status']}")
+    return "; ".join(notes)
 
 
 def sanitizer(folder: Path, minutes: float) -> Outcome:
@@ -214,8 +197,8 @@ STEPS = {
         Step("self-check", "python -m triton_rmsnorm", self_check, 0.25, 0.5, 1),
         Step("ceiling", "the bandwidth of a copy, with a cold L2", ceiling, 0.2, 0.3, 2),
         Step("tune", "bench.tune for the most used keys", tune, 1, 8, 7),
-        Step("quick", "bench.run --suite quick", quick, 2, 4, 0),
-        Step("full", "bench.run --suite full", full, 2.5, 12, 8),
+        Step("quick", "bench.run --suite quick", partial(suite, "quick"), 2, 4, 0),
+        Step("full", "bench.run --suite full", partial(suite, "full"), 2.5, 12, 8),
         Step("persistent", "a flat forward against a persistent one", persistent, 0.6, 1.2, 3),
         Step("first use", "what tuning at the first use costs and gains", first_use, 0.7, 1, 5),
         Step("host", "bench.host", host, 0.4, 0.8, 4),

@@ -5,13 +5,11 @@ On a GPU calls are queued and not waited for. Without one, Triton's launches of 
 backward in another thread). torch's norms are not stubbed: they compute on the CPU, with few numbers. An autograd.Function that does
 nothing is the lower bound.
 
-`--profile` also shows which functions the time of ours goes to. `--json` keeps the result under bench/results/.
+`--json` keeps the result under bench/results/.
 """
 
 import argparse
-import cProfile
 import os
-import pstats
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -81,7 +79,7 @@ def norms(problem: Problem, data: Data, gpu: bool) -> dict[str, Callable]:
     return found
 
 
-def host_times(norm: Callable, data: Data, timer: Callable[[Callable], float]) -> HostTimes:
+def host_times(norm: Callable, data: Data) -> HostTimes:
     parameters = [data.weight, *(norm.parameters() if isinstance(norm, torch.nn.Module) else ())]
     inputs = [data.x, *parameters]
 
@@ -89,9 +87,9 @@ def host_times(norm: Callable, data: Data, timer: Callable[[Callable], float]) -
         return torch.autograd.grad(norm(data.x), inputs, data.dy, allow_unused=True)
 
     with torch.no_grad():
-        no_grad = timer(lambda: norm(data.x))
+        no_grad = window_time(lambda: norm(data.x))
     data.x.requires_grad_()
-    return HostTimes(no_grad, timer(lambda: norm(data.x)), timer(training))
+    return HostTimes(no_grad, window_time(lambda: norm(data.x)), window_time(training))
 
 
 def window_time(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -110,31 +108,6 @@ def window_time(call: Callable[[], object], clock: Callable[[], float] = time.pe
             call()
         times.append((clock() - start) / repeats * 1e6)
     return quantiles(times, n=4)[0]
-
-
-def profile(data: Data, norm: Callable, lines: int = 25) -> None:
-    """Prints the functions by the time spent in themselves, over calls with backward. The profiler makes small functions look larger."""
-    with cProfile.Profile() as profiler:
-        for _ in range(2000):
-            torch.autograd.grad(norm(data.x), [data.x], data.dy)
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(lines)
-
-
-def _stub():
-    torch.set_num_threads(1)  # for the norms that compute: nothing is shared out here
-    from bench.speed.stub_driver import stubbed  # it takes Triton's backend for NVIDIA, which not every Triton has
-
-    return stubbed()
-
-
-def result(problem: Problem, times: dict[str, HostTimes], gpu: bool) -> dict:
-    driver = "the GPU's" if gpu else "stubbed: Triton's launches end in a driver that does nothing"
-    return {
-        "metadata": records.metadata() | {"load": round(os.getloadavg()[0], 1)},  # what else ran slows calls down
-        "driver": driver,
-        "problem": f"{problem.m} x {problem.n}, {problem.dtype}",
-        "us": {name: {what: round(us, 2) for what, us in found._asdict().items()} for name, found in times.items()},
-    }
 
 
 def picture(result: dict) -> "Figure":
@@ -166,21 +139,26 @@ def picture(result: dict) -> "Figure":
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--profile", action="store_true", help="also show where the time of ours goes")
     parser.add_argument("--json", action="store_true", help="write figures and a picture to bench/results")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
-    problem, driver = (ON_GPU, nullcontext()) if gpu else (ON_CPU, _stub())
-    times = {}
+    problem, driver, times = ON_GPU if gpu else ON_CPU, nullcontext(), {}
+    if not gpu:
+        from bench.speed.stub_driver import stubbed  # it takes Triton's backend for NVIDIA, which not every Triton has
+
+        torch.set_num_threads(1)  # for the norms that compute: nothing is shared out here
+        driver = stubbed()
     with driver:
         data = draw(problem, torch.device("cuda" if gpu else "cpu"))
-        found = norms(problem, data, gpu)
-        for name, norm in found.items():
+        for name, norm in norms(problem, data, gpu).items():
             data.x.requires_grad_(False)
-            times[name] = host_times(norm, data, window_time)
-        if options.profile:
-            profile(data, found["ours: RMSNorm"])
-    measured = result(problem, times, gpu)
+            times[name] = host_times(norm, data)
+    measured = {
+        "metadata": records.metadata() | {"load": round(os.getloadavg()[0], 1)},  # what else ran slows calls down
+        "driver": "the GPU's" if gpu else "stubbed: Triton's launches end in a driver that does nothing",
+        "problem": f"{problem.m} x {problem.n}, {problem.dtype}",
+        "us": {name: {what: round(us, 2) for what, us in found._asdict().items()} for name, found in times.items()},
+    }
     about = ", ".join(f"{key} {value}" for key, value in measured["metadata"].items() if value)
     table = Table("µs per call", "forward, no grad", "forward", "forward and backward", caption=f"{measured['problem']}; {about}")
     for name, calls in measured["us"].items():

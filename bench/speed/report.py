@@ -1,17 +1,16 @@
 """Results of bench.run as Markdown and as a picture: GB/s over N with the ceiling, ours against the best peer, wins and losses.
 
-runs = [json.loads(records.newest("run").read_text())]
-print(markdown(runs))
-picture(runs)  # a figure of matplotlib
+run = json.loads(records.newest("run").read_text())
+print(markdown(run))
+picture(run)  # a figure of matplotlib
 """
 
-from collections.abc import Iterable
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench import style
 from bench.problem import DIRECTIONS, Problem, rows
-from bench.providers import CEILING, OURS, PROVIDERS
+from bench.providers import CEILING, EAGER, OURS, PROVIDERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,21 +42,20 @@ class Comparison(NamedTuple):
         return self.speedup(CEILING)
 
 
-def comparisons(runs: Iterable[dict]) -> list[Comparison]:
-    """By problem, in the order in which they were measured; where runs overlap, the last one counts."""
+def comparisons(run: dict) -> list[Comparison]:
+    """By problem, in the order in which they were measured; of what was measured twice, the last time counts."""
     found: dict[Problem, dict[str, dict]] = {}
-    for row in (row for run in runs for row in run["rows"]):
+    for row in run["rows"]:
         measured = found.setdefault(Problem(**row["problem"]), {})
         if row["status"] == "measured":
             measured[row["provider"]] = row
     return [Comparison(problem, measured) for problem, measured in found.items()]
 
 
-def markdown(runs: list[dict]) -> str:
+def markdown(run: dict) -> str:
     """All that was measured, as Markdown: the table, geometric means, wins and losses, what is absent or was not measured and why."""
-    compared = comparisons(runs)
-    about = runs[-1]["metadata"]
-    lines = [", ".join(f"{key} {value}" for key, value in about.items() if value not in ("", False)), ""]
+    compared = comparisons(run)
+    lines = [", ".join(f"{key} {value}" for key, value in run["metadata"].items() if value not in ("", False)), ""]
     lines += ["| problem | ours µs | GB/s | of copy | best peer | its µs | speedup |", "|---|--:|--:|--:|---|--:|--:|"]
     for comparison in compared:
         ours, peer = comparison.ours, comparison.best_peer
@@ -67,12 +65,13 @@ def markdown(runs: list[dict]) -> str:
     for direction in DIRECTIONS:
         lines += _means(direction, [comparison for comparison in compared if comparison.problem.direction == direction])
     lines += wins_and_losses(compared)
-    eager = sorted({row["note"] for run in runs for row in run["rows"] if row["provider"] == "torch eager" and row["note"]})
-    lines += ["", f"torch eager took: {', '.join(eager)}"] if eager else []
-    reasons = [f"- {name} is absent: {reason}" for name, reason in runs[-1]["absent"].items()]
+    eager = sorted({row["note"] for row in run["rows"] if row["provider"] == EAGER and row["note"]})
+    lines += ["", f"{EAGER} took: {', '.join(eager)}"] if eager else []
+    reasons = [f"- {name} is absent: {reason}" for name, reason in run["absent"].items()]
     unmeasured: dict[str, list[str]] = {}
-    for row in (row for run in runs for row in run["rows"] if row["status"] != "measured"):
-        unmeasured.setdefault(f"{row['provider']}: {row['status']}: {row['note']}", []).append(str(Problem(**row["problem"])))
+    for row in run["rows"]:
+        if row["status"] != "measured":
+            unmeasured.setdefault(f"{row['provider']}: {row['status']}: {row['note']}", []).append(str(Problem(**row["problem"])))
     reasons += [f"- {reason} ({', '.join(problems)})" for reason, problems in unmeasured.items()]
     return "\n".join([*lines, *(["", "Not measured:", *reasons] if reasons else [])])
 
@@ -111,10 +110,10 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def picture(runs: list[dict]) -> "Figure":
+def picture(run: dict) -> "Figure":
     from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
-    compared, about = comparisons(runs), runs[-1]["metadata"]
+    compared, about = comparisons(run), run["metadata"]
     figure = Figure(figsize=(9.8, 7.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for direction, (speeds, ratios) in zip(DIRECTIONS, axes.T, strict=False):

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Container
 from concurrent.futures import TimeoutError, as_completed
 from pathlib import Path
 
@@ -36,17 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("--suite", choices=SUITES, default="quick")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes (default: 4 for quick, 10 for full)")
-    parser.add_argument("--fresh", action="store_true", help="measure all anew instead of going on with an unfinished run")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes that compile ahead; 0 for none")
     options = parser.parse_args(arguments)
     device = records.gpu()
     deadline = time.monotonic() + 60 * (options.minutes or MINUTES[options.suite]) - RESERVE
 
-    run = _run(options.suite, options.fresh)
-    names = [CEILING, *(name for name in PROVIDERS if name not in run["absent"])]
-    known = {(Problem(**row["problem"]), row["provider"]) for row in run["rows"]}
-    todo = {problem: [name for name in names if (problem, name) not in known] for problem in SUITES[options.suite]}
-    todo = {problem: names for problem, names in todo.items() if names}
+    run = _run(options.suite)
+    known = _done(run)
+    todo: dict[Problem, list[str]] = {}
+    for problem, name in cells(options.suite, run["absent"]):
+        if (problem, name) not in known:
+            todo.setdefault(problem, []).append(name)
     for name, reason in run["absent"].items():
         print(f"{name} is absent: {reason}")
 
@@ -65,9 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
                 progress.update()
             _save(run)
     left = progress.total - progress.n
-    print(report.markdown([run]))
+    print(report.markdown(run))
     print(f"\n{run['file']}" + (f": out of time, {left} of {progress.total} cells are left; the same command goes on" if left else ""))
     return int(any(row["provider"] == OURS and row["status"] in ("failed", "wrong") for row in run["rows"]))
+
+
+def cells(suite: str, absent: Container[str]) -> list[tuple[Problem, str]]:
+    """What is measured: every provider that is there, and a copy, on every problem of a suite."""
+    names = [CEILING, *(name for name in PROVIDERS if name not in absent)]
+    return [(problem, name) for problem in SUITES[suite] for name in names]
+
+
+def _done(run: dict) -> set[tuple[Problem, str]]:
+    return {(Problem(**row["problem"]), row["provider"]) for row in run["rows"]}
 
 
 def _row(problem: Problem, name: str, data: Data, expected: dict[str, Expected]) -> dict:
@@ -128,18 +139,16 @@ def _call_once(problem: Problem, names: list[str], device: torch.device) -> None
         torch.cuda.empty_cache()
 
 
-def _run(suite: str, fresh: bool) -> dict:
+def _run(suite: str) -> dict:
     """The newest run of the suite that is like one that would start now, or a new one."""
     run = {"suite": suite, "metadata": records.metadata(), "absent": absent(), "rows": []}
-    for file in [] if fresh else sorted(records.RESULTS.glob(f"run-{suite}-*.json"), reverse=True):
+    for file in sorted(records.RESULTS.glob(f"run-{suite}-*.json"), reverse=True):
         old = json.loads(file.read_text())
         if all(records.undated(old[key]) == records.undated(run[key]) for key in ("metadata", "absent")):
-            done = {(Problem(**row["problem"]), row["provider"]) for row in old["rows"]}
-            names = [CEILING, *(name for name in PROVIDERS if name not in old["absent"])]
-            if len(done) < len(names) * len(SUITES[suite]):
-                print(f"Going on with {file}, where {len(done)} cells are done.")
-                return old | {"file": str(file)}
-            break
+            if len(_done(old)) == len(cells(suite, old["absent"])):
+                break
+            print(f"Going on with {file}, where {len(_done(old))} cells are done.")
+            return old | {"file": str(file)}
     return run | {"file": str(records.path(f"run-{suite}", run["metadata"]))}
 
 

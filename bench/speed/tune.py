@@ -1,7 +1,7 @@
 """`python -m bench.tune`: searches for the fastest configurations on this GPU of all that bench.run times, and writes the shipped table.
 
 The table is triton_rmsnorm/tuned/<GPU>.json. It is written as it grows, and what it knows is not searched for again: the same command goes
-on where the last one ran out of its minutes. Exit status: 0, or 69 without a GPU.
+on where the last one ran out of its minutes, or begins anew where the table was deleted. Exit status: 0, or 69 without a GPU.
 """
 
 import argparse
@@ -32,14 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--suite", choices=SUITES, default="full", help="the problems of bench.run to tune for")
     parser.add_argument("--minutes", type=float, default=10, help="begin no search after so many minutes")
-    parser.add_argument("--fresh", action="store_true", help="search for all anew")
     parser.add_argument("--output", type=Path, help="another file than the shipped table")
     options = parser.parse_args(arguments)
     device = launch.device_of(records.gpu())
     deadline = time.monotonic() + 60 * options.minutes
 
     path = options.output or measured.SHIPPED / measured.file_name(device)
-    table = {} if options.fresh else measured.read(path, device)
+    table = measured.read(path, device)
     wanted = dict.fromkeys(key for problem in SUITES[options.suite] for key in keys(problem))
     todo = [key for key in wanted if key not in table]
     searched = []

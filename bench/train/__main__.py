@@ -20,13 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bench import records
 from bench.train import report
-from bench.train.job import CPU, PRESETS, Job, device_name, interpreted, new_model, read_text
+from bench.train.job import CPU, PRESETS, TEXT, Job, device_name, interpreted, new_model, read_text
 from bench.train.providers import BASELINE, PROVIDERS, QUICK, RECOMPUTED
-from bench.train.run import DRIFT, Run, agrees, compare, largest_difference, tolerance
+from bench.train.run import DRIFT, Run, agrees, attempt, largest_difference, tolerance
 
 
 def unfit(job: Job) -> str:
@@ -48,7 +47,7 @@ def unfit(job: Job) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, and what follows from them: job, text and source."""
+    """The arguments, and the job that follows from them."""
     parser = argparse.ArgumentParser("bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of a Llama, and defaults of what follows")
@@ -57,7 +56,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=_positive, help="tokens per sequence; a token is a byte")
     parser.add_argument("--batch", type=_positive, help="sequences per step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and activations")
-    parser.add_argument("--device", help="cuda or cpu; a GPU if there is one")
     parser.add_argument("--checkpointing", action="store_true", help="keep a layer's input instead of its activations")
     parser.add_argument("--recompute", action="store_true", help="also ours with recompute_norms, which --compare includes")
     parser.add_argument(
@@ -65,19 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help=f"every provider instead of {', '.join(QUICK)} (what --preset 1b does unless --no-compare)",
     )
-    parser.add_argument("--text", type=Path, help="file to train on instead of Python's help texts")
     parser.add_argument("--out", type=Path, help="folder for picture and figures (out/train; of all providers on a GPU bench/results)")
     args = parser.parse_args(argv)
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
-        parser.error(f"--device must be cuda or cpu, got {args.device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device is {args.device}, but torch finds no GPU")
-    if args.text is not None and not args.text.is_file():
-        parser.error(f"--text must be a file, got {args.text}")
     given = {name: getattr(args, name) for name in ("steps", "seq_len", "batch") if getattr(args, name) is not None}
     if args.dtype is not None:
         given["dtype"] = getattr(torch, args.dtype)
@@ -85,15 +72,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if args.compare:
             parser.error("--model is for ours alone: every provider (--compare) is for Llamas")
         given |= {"model": args.model, "sizes": None}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.job = replace(PRESETS[args.preset], device=device, checkpointing=args.checkpointing, **given)
     if args.compare is None:
         args.compare = args.preset == "1b"
     if args.out is None:
         args.out = records.RESULTS if args.compare and device.type == "cuda" else Path("out/train")
-    args.source = args.text.name if args.text else "pydoc_data.topics"
-    args.text = read_text(args.text)
-    if not 2 <= args.job.seq_len <= len(args.text):
-        parser.error(f"--seq-len must be from 2 to {len(args.text)}, the bytes of {args.source}, got {args.job.seq_len}")
+    if not 2 <= args.job.seq_len <= len(read_text()):
+        parser.error(f"--seq-len must be from 2 to {len(read_text())}, the bytes of the text, got {args.job.seq_len}")
     args.error = parser.error
     return args
 
@@ -107,30 +93,28 @@ def _positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     job: Job = args.job
-    text: Tensor = args.text
     if job.device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)  # the interpreter has one, and a model that it can serve needs no more
     if job.sizes is None and (reason := unfit(job)):
         args.error(f"--model {reason}")
 
-    about = report.about(job, args.source)
+    about = report.about(job)
     parameters = about["model"]["parameters"]
     print(f"{job.model} of {parameters / 1e6:.3g} M parameters, {about['dtype']}, on {device_name(job.device)}")
-    print(f"{job.steps} steps of {job.batch} x {job.seq_len} bytes from the {len(text) / 1e3:.0f} KB of {args.source}")
+    print(f"{job.steps} steps of {job.batch} x {job.seq_len} bytes from the {len(read_text()) / 1e3:.0f} KB of {TEXT}")
     if interpreted():
         print("No GPU is used: the kernels run in Triton's interpreter, which shows what they compute, not how fast they are.")
     print()
 
     name = records.path("train", about["metadata"], about["metadata"]["device"]).stem if args.compare else None
     json, picture = args.out / f"{name or 'figures'}.json", args.out / f"{name or 'losses'}.png"
-
-    def save(runs: dict[str, Run]) -> None:
-        records.write(json, report.figures(about, job, runs), lines="runs")
-
     names = tuple(PROVIDERS) if args.compare else QUICK + (RECOMPUTED,) * args.recompute
-    runs = compare(job, text, names, save)
-    result = report.figures(about, job, runs)
+    runs: dict[str, Run] = {}
+    for name in names:
+        runs[name] = attempt(name, job, runs)
+        result = report.figures(about, job, runs)
+        records.write(json, result, lines="runs")
     report.picture(result).savefig(picture, dpi=150)
     print(f"\n{report.table(result)}")
     if result["advice"]:

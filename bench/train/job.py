@@ -4,12 +4,13 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
 
 SEED = 0
+TEXT = "pydoc_data.topics"
 CPU = torch.device("cpu")
 
 
@@ -85,15 +86,9 @@ def batches(job: Job, text: Tensor, group: int = 0) -> Iterator[Tensor]:
         yield text[starts + torch.arange(job.seq_len)].long().to(job.device)
 
 
-def read_text(path: Path | None) -> Tensor:
-    """The bytes of a file, or of the help texts on the language that every Python has."""
-    if path is not None:
-        data = path.read_bytes()
-    else:
-        from pydoc_data.topics import topics
-
-        data = "\n\n".join(topics.values()).encode()
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def read_text() -> Tensor:
+    """The bytes of the help texts on the language that every Python has."""
+    return torch.frombuffer(bytearray("\n\n".join(topics.values()), "utf8"), dtype=torch.uint8)
 
 
 def count_parameters(job: Job) -> int:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
@@ -13,10 +14,6 @@ from bench.train.job import SEED
 
 class AbsentError(Exception):
     """What a provider needs is not available here; says what."""
-
-
-def huggingface(model: nn.Module) -> nn.Module:
-    return model
 
 
 def control(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -31,19 +28,7 @@ def control(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return model
 
 
-def ours(model: nn.Module) -> nn.Module:
-    return _patched(model)
-
-
-def ours_fused(model: nn.Module) -> nn.Module:
-    return _patched(model, fuse_residual=True)
-
-
-def ours_recomputed(model: nn.Module) -> nn.Module:
-    return _patched(model, recompute=True)
-
-
-def _patched(model: nn.Module, fuse_residual: bool = False, recompute: bool = False) -> nn.Module:
+def ours(model: nn.Module, fuse_residual: bool = False, recompute: bool = False) -> nn.Module:
     from triton_rmsnorm import patch
 
     report = patch(model, fuse_residual=fuse_residual, recompute=recompute)
@@ -72,19 +57,15 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, dynamic=False)
 
 
-def compiled_ours(model: nn.Module) -> nn.Module:
-    return compiled(_patched(model))
-
-
 BASELINE, CONTROL, RECOMPUTED = "huggingface", "control", "ours, recomputed"
 PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    BASELINE: huggingface,
+    BASELINE: lambda model: model,
     CONTROL: control,
     "ours": ours,
-    "ours, residual fused": ours_fused,
-    RECOMPUTED: ours_recomputed,
+    "ours, residual fused": partial(ours, fuse_residual=True),
+    RECOMPUTED: partial(ours, recompute=True),
     "Liger (its norms)": liger,
     "torch.compile": compiled,
-    "torch.compile, ours": compiled_ours,
+    "torch.compile, ours": lambda model: compiled(ours(model)),
 }
 QUICK = (BASELINE, CONTROL, "ours")  # those that are compared unless more are asked for

@@ -7,7 +7,7 @@ import torch
 
 from bench import records
 from bench.style import styles
-from bench.train.job import SEED, Job, count_parameters, device_name, interpreted
+from bench.train.job import SEED, TEXT, Job, count_parameters, device_name, interpreted
 from bench.train.providers import BASELINE, CONTROL
 from bench.train.run import Run, largest_difference, tolerance, warm_up, what_fits
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def about(job: Job, source: str) -> dict:
+def about(job: Job) -> dict:
     """What was trained, and on what."""
     return {
         "metadata": records.metadata() | {"device": device_name(job.device)},
         "interpreted": interpreted(),
         "model": {"type": job.model, "parameters": count_parameters(job), **(job.sizes or {})},
-        "text": source,
+        "text": TEXT,
         **{name: getattr(job, name) for name in ("seq_len", "batch", "steps", "learning_rate", "checkpointing")},
         "warm_up": warm_up(job.steps),
         "dtype": str(job.dtype).removeprefix("torch."),

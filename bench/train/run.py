@@ -5,11 +5,10 @@ is shown by the control: the baseline with every gamma moved to a neighbouring n
 """
 
 import gc
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.train.job import Job, batches, count_parameters, new_model
+from bench.train.job import Job, batches, new_model, read_text
 from bench.train.providers import BASELINE, CONTROL, PROVIDERS, AbsentError
 
 # Measured on CPUs with the tiny preset, over seeds. What rounds differently, but rightly, strays at most 2.1 times as far as the control
@@ -72,21 +71,8 @@ def train(model: nn.Module, batches: Iterator[Tensor], learning_rate: float) -> 
         yield value, time.perf_counter() - start
 
 
-def compare(job: Job, text: Tensor, names: tuple[str, ...], save: Callable[[dict[str, Run]], None] = lambda runs: None) -> dict[str, Run]:
-    """One run for each provider in turn; prints losses beside those of the baseline and the control as they come.
-
-    Args:
-        save: called after each run, with all runs until then.
-    """
-    runs: dict[str, Run] = {}
-    for name in names:
-        runs[name] = attempt(name, job, text, runs)
-        save(runs)
-    return runs
-
-
-def attempt(name: str, job: Job, text: Tensor, before: dict[str, Run]) -> Run:
-    """One run, or why there is none."""
+def attempt(name: str, job: Job, before: dict[str, Run]) -> Run:
+    """One run, or why there is none; prints losses beside those of the baseline and the control as they come."""
     on_gpu = job.device.type == "cuda"
     if on_gpu:
         gc.collect()  # the model of the last run
@@ -94,7 +80,7 @@ def attempt(name: str, job: Job, text: Tensor, before: dict[str, Run]) -> Run:
         torch.cuda.reset_peak_memory_stats(job.device)
     run = Run()
     try:
-        _train_and_show(name, job, text, run, before)
+        _train_and_show(name, job, run, before)
     except (ImportError, AbsentError) as error:
         run = Run("absent", _first_line(error))
     except torch.OutOfMemoryError as error:
@@ -107,7 +93,7 @@ def attempt(name: str, job: Job, text: Tensor, before: dict[str, Run]) -> Run:
     return run
 
 
-def _train_and_show(name: str, job: Job, text: Tensor, run: Run, before: dict[str, Run]) -> None:
+def _train_and_show(name: str, job: Job, run: Run, before: dict[str, Run]) -> None:
     model = PROVIDERS[name](new_model(job))
     beside = [before[one].losses for one in (BASELINE, CONTROL) if one in before and before[one].measured]
     if len(beside) == 2:
@@ -115,7 +101,7 @@ def _train_and_show(name: str, job: Job, text: Tensor, run: Run, before: dict[st
     every = max(1, job.steps // 10)
     interval = 0.5 if sys.stderr.isatty() else 10.0
     with tqdm(total=job.steps, desc=f"{name:>22}", unit="step", mininterval=interval, dynamic_ncols=True) as bar:
-        for step, (loss, seconds) in enumerate(train(model, batches(job, text), job.learning_rate)):
+        for step, (loss, seconds) in enumerate(train(model, batches(job, read_text()), job.learning_rate)):
             run.losses.append(loss)
             run.seconds.append(seconds)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -152,22 +138,6 @@ def what_fits(job: Job, runs: dict[str, Run]) -> str:
     """Advice in words if a run was out of memory, otherwise nothing."""
     if not any(run.status == "out of memory" for run in runs.values()):
         return ""
-    if job.device.type != "cuda":
-        smaller = f"--batch {job.batch // 2}" if job.batch > 1 else f"--seq-len {job.seq_len // 2}"
-        return f"Out of memory: try {smaller}, or --checkpointing."
-    gib = 2**30
-    capacity = torch.cuda.get_device_properties(job.device).total_memory
-    fixed = 4 * count_parameters(job) * job.dtype.itemsize  # parameters, gradients and AdamW's two moments
-    if fixed > 0.95 * capacity:
-        return f"Parameters, gradients and AdamW's moments take {fixed / gib:.1f} of {capacity / gib:.1f} GiB: only a smaller model fits."
-    # The rest grows with the tokens. Where memory ran out, the peak is only a lower bound of what is needed.
-    activations = max(max(run.peak_bytes or 0 for run in runs.values()) - fixed, 0)
-    batch, seq_len, estimate = job.batch, job.seq_len, math.inf
-    if batch == 1 and seq_len <= 64:
-        return "Not even one short sequence fits."
-    while (batch > 1 or seq_len > 64) and estimate > 0.9 * capacity:
-        batch, seq_len = (batch // 2, seq_len) if batch > 1 else (batch, seq_len // 2)
-        estimate = fixed + activations * batch * seq_len / job.tokens
-    advice = f"--batch {batch} --seq-len {seq_len} should fit: about {estimate / gib:.1f} of {capacity / gib:.1f} GiB"
-    advice += f", of which {fixed / gib:.1f} for parameters, gradients and AdamW's moments."
-    return advice if job.checkpointing else f"{advice} Or --checkpointing, which keeps a layer's input instead of all its activations."
+    smaller = f"--batch {job.batch // 2}" if job.batch > 1 else f"--seq-len {job.seq_len // 2}"
+    other = "a smaller model" if job.checkpointing else "--checkpointing, which keeps a layer's input instead of all its activations"
+    return f"Out of memory: try {smaller}, or {other}."
