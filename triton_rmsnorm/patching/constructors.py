@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from triton_rmsnorm.patching.outcomes import outcome
-from triton_rmsnorm.patching.recognition import Memory
+from triton_rmsnorm.patching.outcomes import REPLACE, outcome
 from triton_rmsnorm.patching.subclass import LOCK, assign
 
 
@@ -24,7 +23,7 @@ class _Constructor:
         self.active = True
         self.function: Callable[[], Callable | None] = lambda: None  # a weak reference, because the function refers to the class
         self.built: list[weakref.ref[nn.Module]] = []  # what was replaced after it
-        self.memory: Memory = {}
+        self.memory: dict = {}
 
 
 # Of each class, in the order in which they were put around one another.
@@ -49,7 +48,7 @@ def replace_constructor(cls: type[nn.Module]) -> bool:
         original(self, *args, **kwargs)
         if constructor.active and type(self) is cls:
             with LOCK:
-                replaced = outcome(self, constructor.memory)[1]
+                replaced = outcome(REPLACE, self, constructor.memory)[1]
                 if replaced is not None:
                     assign(self, replaced)
                     constructor.built.append(weakref.ref(self))

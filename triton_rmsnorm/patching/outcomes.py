@@ -1,8 +1,9 @@
-"""What can be done with a module, a class or a layer, as a row of the report and what that takes."""
+"""What becomes of a norm, a layer, a model or a class: a row of the report, and the class that a module is to get."""
 
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,80 +13,91 @@ from triton_rmsnorm.patching.fusion import Fusion, fused, fusible
 from triton_rmsnorm.patching.inspection import sounds_like_rms
 from triton_rmsnorm.patching.isolation import isolated
 from triton_rmsnorm.patching.reasons import BEFORE_WRAPPING
-from triton_rmsnorm.patching.recognition import Memory, may_be_norm, recognize
+from triton_rmsnorm.patching.recognition import may_be_norm, recognize
 from triton_rmsnorm.patching.recomputation import Recomputation, recomputing
-from triton_rmsnorm.patching.replacement import is_replacement, replacement
+from triton_rmsnorm.patching.replacement import replacement
 from triton_rmsnorm.patching.report import Row, Status, in_words
+from triton_rmsnorm.patching.semantics import Norm
 from triton_rmsnorm.patching.subclass import CannotSubclassError, original_of, proof_of
 
-# A row, but for its count, and the class that the module is to get; None: the module has no row, or gets no class.
-Outcome = tuple[Row | None, type[nn.Module] | None]
+
+@dataclass(frozen=True)
+class Change:
+    """A way in which a module may get another class.
+
+    Args:
+        proof: the class of what is found of modules that can be changed.
+        found: what is found of a module, or the reason why it is left alone; None: it has no row in the report. It may remember.
+        derive: makes the class, of that of the module and of what is found.
+        done: status of a module that is changed.
+        before: status of one that was changed before.
+        unknown: in place of what is found, in the row of a module that is left alone.
+    """
+
+    proof: type
+    found: Callable[[nn.Module, dict], tuple[Any, str, bool] | None]
+    derive: Callable[[type[nn.Module], Any], type[nn.Module]]
+    done: Status
+    before: Status
+    unknown: str = ""
 
 
-def outcome(module: nn.Module, memory: Memory) -> Outcome:
-    """What becomes of a module as a norm. The module is only looked at."""
+def outcome(change: Change, module: nn.Module, memory: dict) -> tuple[Row | None, type[nn.Module] | None]:
+    """What becomes of a module, which is only looked at: its row but for the count, and the class that it is to get.
+
+    Args:
+        memory: of what is found, for modules of one call.
+    """
     cls = type(module)
     for base in cls.__mro__:
-        if is_replacement(base):
-            return Row(original_of(base), str(proof_of(base).semantics), 0, Status.REPLACED_BEFORE, resembles=True), None
-    try:
-        if str(getattr(cls.forward, "__module__", "")).startswith("triton_rmsnorm."):
-            return None, None
-        verdict = recognize(module, memory)
-    except Exception as error:  # of any kind: any module may stand in a model
-        if not sounds_like_rms(cls):
-            return None, None
-        return Row(cls, "", 0, Status.LEFT_ALONE, f"it cannot be read: {in_words(error)}", True), None
-    if verdict is None:
+        if isinstance(proof_of(base), change.proof):
+            return Row(original_of(base), str(proof_of(base)), 0, change.before, resembles=change is REPLACE), None
+    found = change.found(module, memory)
+    if found is None:
         return None, None
-    norm, reason, replaced = verdict.norm, verdict.reason, None
-    if norm is not None:
+    proof, reason, resembles = found
+    derived = None
+    if proof is not None:
         reason = wrapped(module)
         if not reason:
             try:
-                replaced = replacement(cls, norm)
+                derived = change.derive(cls, proof)
             except CannotSubclassError as error:
                 reason = str(error)
-    status = Status.REPLACED if replaced else Status.LEFT_ALONE
-    return Row(cls, str(norm.semantics) if norm else "", 0, status, reason, norm is not None or verdict.resembles), replaced
+    status = change.done if derived else Status.LEFT_ALONE
+    return Row(cls, str(proof or change.unknown), 0, status, reason, resembles), derived
 
 
-def outcome_of_layer(module: nn.Module, memory: dict) -> Outcome:
-    """What becomes of a module as a layer that adds and normalizes."""
+def _norm(module: nn.Module, memory: dict) -> tuple[Norm | None, str, bool] | None:
     cls = type(module)
-    for base in cls.__mro__:
-        if isinstance(proof_of(base), Fusion):
-            return Row(original_of(base), str(proof_of(base)), 0, Status.FUSED_BEFORE), None
     try:
-        fusion, reason = fusible(module, memory)
-        if fusion is not None:
-            reason = wrapped(module)
-        if reason:
-            return Row(cls, "residual add", 0, Status.LEFT_ALONE, reason), None
-        return (Row(cls, str(fusion), 0, Status.FUSED), fused(cls, fusion)) if fusion is not None else (None, None)
+        if str(getattr(cls.forward, "__module__", "")).startswith("triton_rmsnorm."):
+            return None
+        verdict = recognize(module, memory)
+    except Exception as error:  # of any kind: any module may stand in a model
+        return (None, f"it cannot be read: {in_words(error)}", True) if sounds_like_rms(cls) else None
+    return None if verdict is None else (verdict.norm, verdict.reason, verdict.norm is not None or verdict.resembles)
+
+
+def _fusion(layer: nn.Module, memory: dict) -> tuple[Fusion | None, str, bool] | None:
+    try:
+        fusion, reason = fusible(layer, memory)
     except Exception as error:  # as above
-        return Row(cls, "residual add", 0, Status.LEFT_ALONE, f"it cannot be tried: {in_words(error)}"), None
+        fusion, reason = None, f"it cannot be tried: {in_words(error)}"
+    return (fusion, reason, False) if fusion or reason else None
 
 
-def outcome_of_model(model: nn.Module) -> tuple[Row, type[nn.Module] | None]:
-    """What becomes of a model whose forward is to run in `recompute_norms`."""
-    cls = type(model)
-    for base in cls.__mro__:
-        if isinstance(proof_of(base), Recomputation):
-            return Row(original_of(base), "outputs of norms", 0, Status.RECOMPUTED_BEFORE), None
-    reason = wrapped(model)
-    if not reason:
-        try:
-            return Row(original_of(cls), "outputs of norms", 0, Status.RECOMPUTED), recomputing(cls, Recomputation())
-        except CannotSubclassError as error:
-            reason = str(error)
-    return Row(cls, "outputs of norms", 0, Status.LEFT_ALONE, reason), None
+REPLACE = Change(Norm, _norm, replacement, Status.REPLACED, Status.REPLACED_BEFORE)
+FUSE = Change(Fusion, _fusion, fused, Status.FUSED, Status.FUSED_BEFORE, "residual add")
+RECOMPUTE = Change(
+    Recomputation, lambda model, memory: (Recomputation(), "", False), recomputing, Status.RECOMPUTED, Status.RECOMPUTED_BEFORE
+)
 
 
 def outcome_of_class(cls: type[nn.Module], has_instances: bool) -> Row:
     """What will become of instances to come, as far as a small one tells."""
     small = _small_instance(cls)
-    row = outcome(small, {})[0] if small is not None else None
+    row = outcome(REPLACE, small, {})[0] if small is not None else None
     if row is not None and row.status == Status.REPLACED:
         return replace(row, status=Status.TO_COME)
     if has_instances or (small is None and may_be_norm(cls)):

@@ -14,8 +14,7 @@ from torch import nn
 
 from triton_rmsnorm.patching.constructors import replace_constructor, restore_constructor
 from triton_rmsnorm.patching.inspection import named_modules
-from triton_rmsnorm.patching.outcomes import outcome, outcome_of_class, outcome_of_layer, outcome_of_model
-from triton_rmsnorm.patching.recognition import Memory
+from triton_rmsnorm.patching.outcomes import FUSE, RECOMPUTE, REPLACE, Change, outcome, outcome_of_class
 from triton_rmsnorm.patching.report import Report, Row, Status, in_words
 from triton_rmsnorm.patching.subclass import LOCK, assign, is_derived, mark_of
 from triton_rmsnorm.patching.targets import Target, classes_of, instances, replaced_instances
@@ -123,19 +122,16 @@ def _patch(target: Target, strict: bool, fuse_residual: bool, recompute: bool) -
     constructors: list[type] = []
     with LOCK:
         try:
-            rows = _replace_norms(model, classes, modules)
+            named = [(None, module) for module in instances(classes)] if model is None else named_modules(model)
+            rows = _change(REPLACE, named, modules)
             replaced = {row.cls for row in rows if row.status == Status.REPLACED}
             rows += [_replace_constructor(outcome_of_class(cls, cls in replaced), constructors) for cls in classes]
             if strict and any(row.status == Status.LEFT_ALONE and row.resembles for row in rows):
                 raise RuntimeError(f"not every RMS norm can be replaced:\n{Report(tuple(rows))}")
             if fuse_residual and model is not None:
-                rows += _fuse_layers(model, modules)
+                rows += _change(FUSE, named_modules(model), modules)
             if recompute and model is not None:
-                row, cls = outcome_of_model(model)
-                rows += _counted([("", row)])
-                if cls is not None:
-                    modules.append(model)
-                    assign(model, cls)
+                rows += _change(RECOMPUTE, [("", model)], modules)
         except BaseException:
             for cls in constructors:
                 restore_constructor(cls)
@@ -144,16 +140,18 @@ def _patch(target: Target, strict: bool, fuse_residual: bool, recompute: bool) -
     return Report(tuple(rows)), modules, constructors
 
 
-def _replace_norms(model: nn.Module | None, classes: list[type[nn.Module]], replaced: list[nn.Module]) -> list[Row]:
-    """Gives norms their new class and appends them to `replaced`."""
-    memory: Memory = {}
-    named = [(None, module) for module in instances(classes)] if model is None else named_modules(model)
-    outcomes = [(name, module, *outcome(module, memory)) for name, module in named]
-    for _, module, _, cls in outcomes:
+def _change(change: Change, named: Iterable[tuple[str | None, nn.Module]], changed: list[nn.Module]) -> list[Row]:
+    """Gives modules their new class and appends them to `changed`. The rows count those that are equal but for their names."""
+    memory: dict = {}
+    outcomes = [(name, module, *outcome(change, module, memory)) for name, module in named]
+    names: dict[Row, list[str | None]] = {}
+    for name, module, row, cls in outcomes:
         if cls is not None:
-            replaced.append(module)
+            changed.append(module)
             assign(module, cls)
-    return _counted([(name, row) for name, _, row, _ in outcomes if row is not None])
+        if row is not None:
+            names.setdefault(row, []).append(name)
+    return [replace(row, count=len(same), names=tuple(n for n in same if n is not None)) for row, same in names.items()]
 
 
 def _replace_constructor(row: Row, replaced: list[type]) -> Row:
@@ -165,25 +163,6 @@ def _replace_constructor(row: Row, replaced: list[type]) -> Row:
         except (TypeError, AttributeError) as error:
             return replace(row, status=Status.LEFT_ALONE, reason=f"its constructor cannot be replaced: {in_words(error)}")
     return row
-
-
-def _fuse_layers(model: nn.Module, replaced: list[nn.Module]) -> list[Row]:
-    """Gives layers their new class and appends them to `replaced`."""
-    memory: dict = {}
-    outcomes = [(name, module, *outcome_of_layer(module, memory)) for name, module in named_modules(model)]
-    for _, module, _, cls in outcomes:
-        if cls is not None:
-            replaced.append(module)
-            assign(module, cls)
-    return _counted([(name, row) for name, _, row, _ in outcomes if row is not None])
-
-
-def _counted(found: list[tuple[str | None, Row]]) -> list[Row]:
-    """One row for all that are equal, with their number and names."""
-    names: dict[Row, list[str | None]] = {}
-    for name, row in found:
-        names.setdefault(row, []).append(name)
-    return [replace(row, count=len(same), names=tuple(n for n in same if n is not None)) for row, same in names.items()]
 
 
 def _restore(modules: Iterable[nn.Module]) -> None:

@@ -135,3 +135,6 @@ class Norm:
     strides: Literal["input", "rms_norm", "contiguous"] | None = "contiguous"
     autocast: Literal["unaffected", "rms_norm", "other"] = "unaffected"
     reads: Reads = field(default_factory=Reads)
+
+    def __str__(self) -> str:
+        return str(self.semantics)

@@ -40,6 +40,7 @@ class _Site:
     """A sum and the norm of it."""
 
     norm: str
+    block: list[ast.stmt]
     add: ast.stmt
     call: ast.Call  # of the norm
     user: ast.stmt  # the statement of the call
@@ -79,7 +80,7 @@ class Source:
         codes = codes_of(original)
         if self._compiled(tree) != self.code or codes[:-1] != codes_of(self.forward)[-len(codes) : -1]:
             raise RefusedError("its forward is not what its source says")
-        _Fuse([site for site in _sites(function, _addition) if site.norm in norms], function.args).visit(function)
+        _fuse([site for site in _sites(function, _addition) if site.norm in norms], function.args.args[0].arg)
         inner = inspect.unwrap(original)
         inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
         inner.__defaults__, inner.__kwdefaults__ = self.function.__defaults__, self.function.__kwdefaults__
@@ -215,7 +216,7 @@ def _site(block: list[ast.stmt], index: int, this: str, name: str) -> _Site | No
                 match _first(value):
                     case ast.Call(ast.Attribute(ast.Name(id=owner), norm), [ast.Name(id=name)], []) as call:
                         if owner == this and name in names:
-                            return _Site(norm, block[index], call, statement)
+                            return _Site(norm, block, block[index], call, statement)
                 return None
             case _:
                 return None
@@ -246,40 +247,32 @@ def _first(node: ast.expr) -> ast.expr | None:
     return None if isinstance(node, (ast.Name, ast.Attribute, ast.Constant)) else node
 
 
-class _Fuse(ast.NodeTransformer):
-    """Rewrites sites."""
+def _fuse(sites: list[_Site], this: str) -> None:
+    """Rewrites sites in place."""
+    for site in sites:
+        add, user = site.add, site.user
+        assert isinstance(add, ast.Assign) and isinstance(add.value, ast.BinOp)
+        operands = [add.value.left, add.value.right, _attribute(this, site.norm)]
+        add.targets = [ast.Tuple([ast.Name(_Y, ast.Store()), *add.targets], ast.Store())]
+        add.value = ast.copy_location(ast.Call(_attribute(this, ADD), operands, []), add.value)
+        _ReadOutput(site.call).visit(user)
+        # The norm's output should live no longer than it did.
+        if not isinstance(user, ast.Return) and all(user is not other.add for other in sites):
+            site.block.insert(site.block.index(user) + 1, ast.copy_location(ast.Delete([ast.Name(_Y, ast.Del())]), user))
 
-    def __init__(self, sites: list[_Site], arguments: ast.arguments):
-        self.this = arguments.args[0].arg
-        self.norms = {id(site.add): site.norm for site in sites}
-        self.calls = {id(site.call) for site in sites}
-        self.users = {id(site.user) for site in sites if not isinstance(site.user, ast.Return)}
+
+def _attribute(this: str, name: str) -> ast.Attribute:
+    return ast.Attribute(ast.Name(this, ast.Load()), name, ast.Load())
+
+
+class _ReadOutput(ast.NodeTransformer):
+    """Puts the norm's output in place of its call."""
+
+    def __init__(self, call: ast.Call):
+        self.call = call
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        if id(node) in self.calls:
+        if node is self.call:
             return ast.copy_location(ast.Name(_Y, ast.Load()), node)
         self.generic_visit(node)
         return node
-
-    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
-        self.generic_visit(node)
-        addition = _addition(node)
-        if addition and id(node) in self.norms:
-            operands = [*addition[1:], self._attribute(self.norms[id(node)])]
-            node.targets = [ast.Tuple([ast.Name(_Y, ast.Store()), *node.targets], ast.Store())]
-            node.value = ast.copy_location(ast.Call(self._attribute(ADD), operands, []), node.value)
-            return node
-        return self._and_forget(node)
-
-    def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
-        self.generic_visit(node)
-        return self._and_forget(node)
-
-    def _and_forget(self, node: ast.stmt) -> ast.stmt | list[ast.stmt]:
-        """The norm's output should live no longer than it did."""
-        if id(node) not in self.users:
-            return node
-        return [node, ast.copy_location(ast.Delete([ast.Name(_Y, ast.Del())]), node)]
-
-    def _attribute(self, name: str) -> ast.Attribute:
-        return ast.Attribute(ast.Name(self.this, ast.Load()), name, ast.Load())
