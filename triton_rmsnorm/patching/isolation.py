@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -80,10 +80,19 @@ def _python_random_kept() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
-def bare_copy(module: nn.Module, cls: type[nn.Module] | None = None) -> nn.Module:
-    """A module of the same class, or of `cls`, and the same attributes, without hooks, tensors or submodules. No constructor runs."""
-    bare = object.__new__(cls or type(module))
+def copy_with(module: nn.Module, tensor: Callable, submodule: Callable, cls: type[nn.Module] | None = None) -> nn.Module:
+    """A module of the same class, or of `cls`, and the same attributes, without hooks. No constructor runs.
+
+    Args:
+        module: it is only looked at.
+        tensor: gives what it has in place of a parameter or buffer, for the name and the module's own.
+        submodule: likewise.
+        cls: its class.
+    """
+    copied = object.__new__(cls or type(module))
     attributes = {name: value for name, value in vars(module).items() if name not in INTERNAL}
-    copied = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value for name, value in attributes.items()}
-    vars(bare).update(vars(nn.Module()) | copied)
-    return bare
+    own = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value for name, value in attributes.items()}
+    vars(copied).update(vars(nn.Module()) | own)
+    for kind, made in (("_parameters", tensor), ("_buffers", tensor), ("_modules", submodule)):
+        vars(copied)[kind] = {name: None if one is None else made(name, one) for name, one in vars(module)[kind].items()}
+    return copied

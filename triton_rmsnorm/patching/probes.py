@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from triton_rmsnorm.patching.inspection import attributes, is_epsilon, own_tensors
-from triton_rmsnorm.patching.isolation import Draws, DrawsError, bare_copy
+from triton_rmsnorm.patching.isolation import Draws, DrawsError, copy_with
 from triton_rmsnorm.patching.semantics import HALF
 
 # 8 units in the last place: the effect of rsqrt, pow, sqrt and division, and of other orders of summation.
@@ -140,7 +140,7 @@ class Subject:
     def run(self, probe: Probe) -> Tensor | Exception:
         """What the original's forward returns for copies of the probe's tensors."""
         x, gate, weight = (None if t is None else _cloned(t) for t in (probe.x, probe.gate, probe.weight))
-        copied = self._copy(self.module, weight, probe.training, probe.changed)
+        copied = self._copy(probe, weight)
         inputs = [t for t in (x, gate) if t is not None]
         before = _state(copied)
         versions = [t._version for t in inputs]
@@ -159,23 +159,22 @@ class Subject:
             return TypeError(f"forward returns {type(actual).__name__}, not a tensor")
         return actual
 
-    def _copy(self, module: nn.Module, weight: Tensor | None, training: bool, changed: dict[str, float]) -> nn.Module:
-        """A module of the same class and attributes with `weight` in place of its tensor, and other epsilons."""
-        copied = bare_copy(module)
-        copied.training = training
-        named: list[tuple[dict, dict]] = [(copied._parameters, module._parameters), (copied._buffers, module._buffers)]
-        for own, others in named:
-            for name, tensor in others.items():
-                if tensor is not None and is_epsilon(name, tensor):
-                    own[name] = torch.full(tensor.shape, changed.get(name, EPS_OF_TENSORS), dtype=F32)
-                else:
-                    own[name] = None if tensor is None else weight
-        for name, value in changed.items():
-            if name not in copied._buffers:
-                _set(copied, name, value)
-        for name, child in module._modules.items():
-            copied._modules[name] = None if child is None else self._copy(child, None, training, {})
-        return copied
+    def _copy(self, probe: Probe, weight: Tensor | None) -> nn.Module:
+        """A module of the same class and attributes with `weight` in place of its tensor, and the probe's epsilons."""
+
+        def tensor(name: str, other: Tensor) -> Tensor | None:
+            return torch.full(other.shape, probe.changed.get(name, EPS_OF_TENSORS), dtype=F32) if is_epsilon(name, other) else weight
+
+        def copied(_: str, module: nn.Module) -> nn.Module:
+            one = copy_with(module, tensor, copied)
+            one.training = probe.training
+            return one
+
+        one = copied("", self.module)
+        for name, value in probe.changed.items():
+            if name not in one._buffers:
+                _set(one, name, value)
+        return one
 
 
 def _cloned(tensor: Tensor) -> Tensor:

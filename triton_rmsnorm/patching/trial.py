@@ -10,7 +10,7 @@ import dis
 import inspect
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from triton_rmsnorm.patching.inspection import is_epsilon
-from triton_rmsnorm.patching.isolation import Draws, bare_copy
+from triton_rmsnorm.patching.isolation import Draws, copy_with
 from triton_rmsnorm.patching.probes import EPS_OF_TENSORS
 from triton_rmsnorm.patching.proof import FEW_COLUMNS
 from triton_rmsnorm.patching.report import in_words
@@ -131,12 +131,7 @@ class _Trial:
         self.rows = (1, 2)
         self.shape = drawn
         self.sizes = dict(zip(shape, drawn, strict=True))
-        self.layer = self._drawn(layer)
-        for name, child in layer._modules.items():
-            if child is None:
-                self.layer._modules[name] = None
-            else:
-                self.layer._modules[name] = self._drawn(child) if name in names else self._stand_in(child)
+        self.layer = self._drawn(layer, names)
 
     def run(self, forward: Callable, arguments: dict) -> tuple[list[Tensor], list[Tensor | None]]:
         """Outputs and gradients."""
@@ -170,33 +165,28 @@ class _Trial:
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float32)
 
-    def _drawn(self, module: nn.Module) -> nn.Module:
-        """Of its class before it was patched, with random values for its own tensors; integers are zeros."""
-        bare = bare_copy(module, original_of(type(module)))
-        for name, parameter in module._parameters.items():
-            bare._parameters[name] = None if parameter is None else self._parameter(*self._small(parameter))
-        for name, buffer in module._buffers.items():
-            bare._buffers[name] = None if buffer is None else self._buffer(name, buffer)
-        return bare
+    def _drawn(self, module: nn.Module, drawn: Collection[str] = ()) -> nn.Module:
+        """Of its class before it was patched, with random values for its own tensors, and for those of submodules named in `drawn`."""
 
-    def _buffer(self, name: str, buffer: Tensor) -> Tensor:
-        if is_epsilon(name, buffer):
-            return torch.full(buffer.shape, EPS_OF_TENSORS, dtype=torch.float32)
-        shape = self._small(buffer)
-        return self._randn(*shape) if buffer.is_floating_point() else torch.zeros(shape, dtype=buffer.dtype)
+        def submodule(name: str, child: nn.Module) -> nn.Module:
+            return self._drawn(child) if name in drawn else self._stand_in(name, child)
 
-    def _small(self, tensor: Tensor) -> list[int]:
-        return [self.sizes.get(size, size) for size in tensor.shape]
+        return copy_with(module, self._tensor, submodule, original_of(type(module)))
 
-    def _stand_in(self, module: nn.Module) -> nn.Module:
+    def _tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Random; integers are zeros."""
+        if is_epsilon(name, tensor):
+            return torch.full(tensor.shape, EPS_OF_TENSORS, dtype=torch.float32)
+        shape = [self.sizes.get(size, size) for size in tensor.shape]
+        if isinstance(tensor, nn.Parameter):
+            return self._parameter(*shape)
+        return self._randn(*shape) if tensor.is_floating_point() else torch.zeros(shape, dtype=tensor.dtype)
+
+    def _stand_in(self, name: str, module: nn.Module) -> nn.Module:
         """Any other module: of its class and attributes, it computes a random function of the tensors that it is given."""
         if id(module) in self.stand_ins:
             return self.stand_ins[id(module)]
-        bare = self.stand_ins[id(module)] = bare_copy(module)
-        pairs: list[tuple[dict, dict]] = [(bare._parameters, module._parameters), (bare._buffers, module._buffers)]
-        for own, others in pairs:
-            own.update({name: _meta(tensor) for name, tensor in others.items()})
-        bare._modules.update({name: None if child is None else self._stand_in(child) for name, child in module._modules.items()})
+        bare = self.stand_ins[id(module)] = copy_with(module, _meta, self._stand_in)
         scale = self._parameter()
 
         def forward(*args: Any, **named: Any) -> Tensor:
@@ -211,11 +201,9 @@ class _Trial:
         return bare
 
 
-def _meta(tensor: Tensor | None) -> Tensor | None:
+def _meta(name: str, tensor: Tensor) -> Tensor | None:
     """What can be asked of a stand-in's tensor; None if it cannot be read, such as an uninitialized one."""
-    if tensor is None or is_lazy(tensor):
-        return None
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return None if is_lazy(tensor) else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _normalized(norm: nn.Module) -> tuple[int, ...]:
