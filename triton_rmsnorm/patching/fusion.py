@@ -15,10 +15,10 @@ from triton_rmsnorm.patching.isolation import isolated
 from triton_rmsnorm.patching.reads import reads
 from triton_rmsnorm.patching.recognition import fingerprint
 from triton_rmsnorm.patching.replacement import add_and_normalize, is_replacement
-from triton_rmsnorm.patching.report import in_words
-from triton_rmsnorm.patching.source import ADD, RefusedError, codes_of, source_of
-from triton_rmsnorm.patching.subclass import CannotSubclassError, Mark, derived, proof_of
-from triton_rmsnorm.patching.trial import FailedError, try_out
+from triton_rmsnorm.patching.report import LeftAloneError, in_words
+from triton_rmsnorm.patching.source import ADD, codes_of, source_of
+from triton_rmsnorm.patching.subclass import Mark, derived, proof_of
+from triton_rmsnorm.patching.trial import try_out
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def fused(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
     """The subclass of `original` that computes sums together with norms.
 
     Raises:
-        RuntimeError: the source of original.forward is not there, or has no such sums, as on a machine with another version of it.
-        CannotSubclassError: the class of the original does not allow this.
+        LeftAloneError: the source of original.forward is not there, or has no such sums, as on a machine with another version of it; or
+            the class of the original does not allow this.
     """
     # The very name of the original: it is by name that wrapping policies and device maps know layers.
     members = {ADD: staticmethod(add_and_normalize)}
@@ -70,18 +70,18 @@ def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:
         except TypeError:
             return _tried(layer, names)
         return memory.get(key) or memory.setdefault(key, _tried(layer, names))
-    except (RefusedError, CannotSubclassError) as refused:
+    except LeftAloneError as refused:
         return None, str(refused)
 
 
 def _tried(layer: nn.Module, names: set[str]) -> tuple[Fusion | None, str]:
     """The outcome of a trial."""
-    rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
     try:
+        rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
         with isolated():
             return Fusion(tuple(sorted(try_out(layer, names, rewritten, ADD)))), ""
-    except FailedError as failed:
-        return None, str(failed)
+    except LeftAloneError as refused:
+        return None, str(refused)
 
 
 def _takes_sum(module: nn.Module) -> bool:
@@ -93,7 +93,7 @@ def _forward(mark: Mark) -> Callable:
     missing = set(mark.proof.norms) - source.norms
     if missing:
         name = mark.original.__qualname__
-        raise RefusedError(f"in {name}.forward no sum goes straight into {', '.join(sorted(missing))}")
+        raise LeftAloneError(f"in {name}.forward no sum goes straight into {', '.join(sorted(missing))}")
     return source.rewritten(mark.proof.norms)
 
 
@@ -107,6 +107,6 @@ def _wrapped_as_the_original(cls: Any) -> None:
         try:
             super(cls, cls).__init_subclass__()
         except Exception as error:  # of any kind: it is others' code
-            raise RefusedError(f"its class cannot have a subclass: {in_words(error)}") from None
+            raise LeftAloneError(f"its class cannot have a subclass: {in_words(error)}") from None
     if codes_of(cls.forward)[:-1] != original:
-        raise RefusedError("something is wrapped around its forward that its source does not show")
+        raise LeftAloneError("something is wrapped around its forward that its source does not show")

@@ -13,10 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from triton_rmsnorm.patching.reads import INTERNAL
-
-
-class DrawsError(RuntimeError):
-    """A forward draws random numbers in a way that cannot be repeated."""
+from triton_rmsnorm.patching.report import LeftAloneError
 
 
 @contextmanager
@@ -38,7 +35,7 @@ def isolated() -> Iterator[None]:
 
 
 class Draws(TorchDispatchMode):
-    """Random numbers that torch draws come from `generator`; without one they raise DrawsError. No other generator changes."""
+    """Random numbers that torch draws come from `generator`; without one they raise LeftAloneError. No other generator changes."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -53,11 +50,11 @@ class Draws(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags or isinstance(kwargs.get("generator"), torch.Generator):
             return func(*args, **kwargs)
         if self.generator is None:
-            raise DrawsError("it draws random numbers")
+            raise LeftAloneError("it draws random numbers")
         if not _takes_generator(func):
             func = getattr(func.overloadpacket, "generator", None)
             if func is None or not _takes_generator(func):
-                raise DrawsError("it draws random numbers in a way that cannot be repeated")
+                raise LeftAloneError("it draws random numbers in a way that cannot be repeated")
         return func(*args, **(kwargs | {"generator": self.generator}))
 
 

@@ -16,9 +16,9 @@ from triton_rmsnorm.patching.reasons import BEFORE_WRAPPING
 from triton_rmsnorm.patching.recognition import may_be_norm, recognize
 from triton_rmsnorm.patching.recomputation import Recomputation, recomputing
 from triton_rmsnorm.patching.replacement import replacement
-from triton_rmsnorm.patching.report import Row, Status, in_words
+from triton_rmsnorm.patching.report import LeftAloneError, Row, Status, in_words
 from triton_rmsnorm.patching.semantics import Norm
-from triton_rmsnorm.patching.subclass import CannotSubclassError, original_of, proof_of
+from triton_rmsnorm.patching.subclass import original_of, proof_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def outcome(change: Change, module: nn.Module, memory: dict) -> tuple[Row | None
         if not reason:
             try:
                 derived = change.derive(cls, proof)
-            except CannotSubclassError as error:
+            except LeftAloneError as error:
                 reason = str(error)
     status = change.done if derived else Status.LEFT_ALONE
     return Row(cls, str(proof or change.unknown), 0, status, reason, resembles), derived

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from triton_rmsnorm.patching.inspection import attributes, is_epsilon, own_tensors
-from triton_rmsnorm.patching.isolation import Draws, DrawsError, copy_with
+from triton_rmsnorm.patching.isolation import Draws, copy_with
+from triton_rmsnorm.patching.report import LeftAloneError
 from triton_rmsnorm.patching.semantics import HALF
 
 # 8 units in the last place: the effect of rsqrt, pow, sqrt and division, and of other orders of summation.
@@ -32,21 +33,6 @@ F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
 # Operators that CUDA's autocast runs in float32, and in half precision.
 _TO_FLOAT32 = re.compile("pow|rsqrt|reciprocal|sum|prod|cumsum|cumprod|norm|linalg_vector_norm|c?dist|renorm|expm?1?|log(2|10|1p)?")
 _TO_HALF = re.compile("mm|bmm|mv|addmm|addmv|addr|addbmm|baddbmm|matmul|linear|einsum|prelu")
-
-
-class NotProvedError(Exception):
-    """Why nothing is proved.
-
-    Args:
-        reason: in words, for the report.
-        resembles: it looks like an RMS norm all the same.
-        ran: its forward took what an RMS norm takes.
-        other: it is a known other norm, such as a LayerNorm.
-    """
-
-    def __init__(self, reason: str, resembles: bool = False, ran: bool = True, other: bool = False):
-        super().__init__(reason)
-        self.resembles, self.ran, self.other = resembles, ran, other
 
 
 def agree(actual: Tensor, expected: Tensor) -> bool:
@@ -147,14 +133,14 @@ class Subject:
         try:
             with self.calls, self.operators:
                 actual = self.cls.forward(copied, *inputs)
-        except DrawsError as error:
-            raise NotProvedError(str(error)) from None
+        except LeftAloneError:
+            raise
         except Exception as error:  # of any kind: it is other people's code
             return error
         if versions != [t._version for t in inputs]:
-            raise NotProvedError("its forward changes its input")
+            raise LeftAloneError("its forward changes its input")
         if before != _state(copied):
-            raise NotProvedError("its forward changes the module")
+            raise LeftAloneError("its forward changes the module")
         if not isinstance(actual, Tensor):
             return TypeError(f"forward returns {type(actual).__name__}, not a tensor")
         return actual

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triton_rmsnorm.patching.inspection import attributes, is_epsilon, own_tensors, squeezed
-from triton_rmsnorm.patching.probes import B16, EPS_OF_TENSORS, F16, F32, NotProvedError, Probe, Subject, agree
+from triton_rmsnorm.patching.probes import B16, EPS_OF_TENSORS, F16, F32, Probe, Subject, agree
 from triton_rmsnorm.patching.reads import Reads
 from triton_rmsnorm.patching.reasons import check_tensors, fails, none_fits, other_dimension
+from triton_rmsnorm.patching.report import LeftAloneError
 from triton_rmsnorm.patching.semantics import SEMANTICS, Norm, Semantics, evaluate, gated
 
 # Of gradients in float32, relative to the largest: they are sums over rows or columns.
@@ -45,7 +46,7 @@ class Proof:
         inputs: how many tensors its forward requires, and how many it accepts, of two.
 
     Raises:
-        NotProvedError: its tensors are not what a norm has.
+        LeftAloneError: its tensors are not what a norm has.
     """
 
     def __init__(self, module: nn.Module, reads: Reads, inputs: tuple[int, int]):
@@ -59,12 +60,12 @@ class Proof:
         """What is proved: of few columns, if more are like these, or else of as many as the weight has.
 
         Raises:
-            NotProvedError: nothing.
+            LeftAloneError: nothing.
         """
         shape = self.subject.weight_shape
         if shape is not None and len(squeezed(shape)) == 1 and shape[-1] > FEW_COLUMNS:
             self.subject.weight_shape = (*shape[:-1], FEW_COLUMNS)
-            with suppress(NotProvedError):
+            with suppress(LeftAloneError):
                 norm = self._norm()
                 if self._same_of(norm, shape):
                     return norm
@@ -86,16 +87,16 @@ class Proof:
 
     def _norm(self) -> Norm:
         required, accepted = self.inputs
-        refusals: list[NotProvedError] = []
+        refusals: list[LeftAloneError] = []
         for self.subject.gated in (True, False)[2 - accepted : 3 - required]:
             try:
                 self._find_shape()
                 for eps in self._epsilons():
                     try:
                         return self._prove(eps)
-                    except NotProvedError as refused:
+                    except LeftAloneError as refused:
                         refusals.append(refused)
-            except NotProvedError as refused:
+            except LeftAloneError as refused:
                 refusals.append(refused)
         raise max(reversed(refusals), key=lambda refused: (refused.resembles, refused.ran))
 
@@ -112,7 +113,7 @@ class Proof:
                 raise none_fits(probe, actual, candidates, self._value(probe.changed, eps) or 0.0, self.shape)
             candidates = remaining
         if len(candidates) > 1:
-            raise NotProvedError(f"more than one semantics fits: {'; '.join(map(str, candidates))}", resembles=True)
+            raise LeftAloneError(f"more than one semantics fits: {'; '.join(map(str, candidates))}", resembles=True)
         semantics = candidates[0]
         self._prove_gradients(semantics, eps)
         return Norm(
@@ -161,7 +162,7 @@ class Proof:
                 actual = self.subject.run(self.subject.probe(self.subject.randn(*self.rows, *self.shape)))
                 if isinstance(actual, Tensor):
                     if weight == (1,) and self.shape != (1,):
-                        raise NotProvedError(f"its {self.subject.weight} is one number for all columns")
+                        raise LeftAloneError(f"its {self.subject.weight} is one number for all columns")
                     return
                 failure = failure or actual
         raise fails(self.subject, failure)
@@ -198,7 +199,7 @@ class Proof:
             return acting
         for name in names:
             if "eps" in name:
-                raise NotProvedError(f"its output does not depend on its {name}")
+                raise LeftAloneError(f"its output does not depend on its {name}")
         return [self._constant_epsilon()]
 
     def _constant_epsilon(self) -> float:
@@ -215,7 +216,7 @@ class Proof:
                 for value in written:
                     if math.isclose(value, eps, rel_tol=1e-5):
                         return value
-        raise NotProvedError("it has no epsilon under the square root")
+        raise LeftAloneError("it has no epsilon under the square root")
 
     def _probes(self, eps: str | float) -> Iterator[Probe]:
         """All probes, those first that remove most; float32 before half precision."""
@@ -308,4 +309,4 @@ class Proof:
         found = torch.autograd.grad(actual, inputs, dy, allow_unused=True) if actual.requires_grad else [None] * len(inputs)
         for one, other in zip(found, wanted, strict=True):
             if one is None or not (one - other).abs().max() <= GRADIENT_TOLERANCE * other.abs().max():
-                raise NotProvedError(f"it computes {semantics}, but its gradient is another", resembles=True)
+                raise LeftAloneError(f"it computes {semantics}, but its gradient is another", resembles=True)

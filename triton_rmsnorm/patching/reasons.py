@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from triton_rmsnorm.patching.inspection import is_epsilon, own_tensors, sounds_like_rms, squeezed
-from triton_rmsnorm.patching.probes import NotProvedError, Probe, Subject
+from triton_rmsnorm.patching.probes import Probe, Subject
+from triton_rmsnorm.patching.report import LeftAloneError
 from triton_rmsnorm.patching.semantics import Semantics
 
 BEFORE_WRAPPING = "patch the model before it is wrapped, on every rank"
@@ -17,31 +18,31 @@ def check_tensors(module: nn.Module) -> None:
     """Whether a module's tensors are what a norm has.
 
     Raises:
-        NotProvedError: they are not.
+        LeftAloneError: they are not.
     """
     sounds = sounds_like_rms(type(module))
     for name, tensor in own_tensors(module).items():
         if is_lazy(tensor):
-            raise NotProvedError(f"its {name} is not initialized yet", sounds, ran=False)
+            raise LeftAloneError(f"its {name} is not initialized yet", sounds, ran=False)
         if tensor.numel() == 0:
-            raise NotProvedError(f"its {name} is empty, as where ZeRO-3 or FSDP has partitioned it: {BEFORE_WRAPPING}", True, ran=False)
+            raise LeftAloneError(f"its {name} is empty, as where ZeRO-3 or FSDP has partitioned it: {BEFORE_WRAPPING}", True, ran=False)
         if name in vars(module):
             flat = f"its {name} is a tensor, but neither parameter nor buffer, as where FSDP has flattened it: {BEFORE_WRAPPING}"
-            raise NotProvedError(flat, sounds)
+            raise LeftAloneError(flat, sounds)
         if not tensor.is_floating_point():
-            raise NotProvedError(f"its {name} is {tensor.dtype}", sounds)
+            raise LeftAloneError(f"its {name} is {tensor.dtype}", sounds)
         if is_epsilon(name, tensor) and name in module._parameters:
-            raise NotProvedError(f"its {name} is a parameter, for which it would need a gradient", sounds)
+            raise LeftAloneError(f"its {name} is a parameter, for which it would need a gradient", sounds)
 
 
-def fails(subject: Subject, error: Exception | None) -> NotProvedError:
+def fails(subject: Subject, error: Exception | None) -> LeftAloneError:
     """The forward of a subject fails."""
     message = str(error).split("\n")[0]
     reason = f"its forward fails on a copy on the CPU: {type(error).__name__}: {message}"
-    return NotProvedError(reason, resembles=sounds_like_rms(subject.cls), ran=False)
+    return LeftAloneError(reason, resembles=sounds_like_rms(subject.cls), ran=False)
 
 
-def other_dimension(subject: Subject) -> NotProvedError | None:
+def other_dimension(subject: Subject) -> LeftAloneError | None:
     """It normalizes dimension 1 of a larger input, if it does."""
     if subject.weight_shape is None or subject.gated:
         return None
@@ -53,11 +54,11 @@ def other_dimension(subject: Subject) -> NotProvedError | None:
             weight = probe.weight.reshape(columns, *(1,) * len(rest))
             expected = probe.x * torch.rsqrt(probe.x.square().mean(1, keepdim=True)) * weight
             if torch.allclose(actual, expected, rtol=0.1, atol=0.01):
-                return NotProvedError("it normalizes dimension 1, not the last")
+                return LeftAloneError("it normalizes dimension 1, not the last")
     return None
 
 
-def none_fits(probe: Probe, actual: Tensor, candidates: list[Semantics], eps: float, shape: tuple[int, ...]) -> NotProvedError:
+def none_fits(probe: Probe, actual: Tensor, candidates: list[Semantics], eps: float, shape: tuple[int, ...]) -> LeftAloneError:
     """What it is instead, if it is a known other thing.
 
     Args:
@@ -68,7 +69,7 @@ def none_fits(probe: Probe, actual: Tensor, candidates: list[Semantics], eps: fl
     """
     if not probe.in_float32:
         dtypes = f"{probe.x.dtype} input" + (f" and {probe.weight.dtype} weight" if probe.weight is not None else "")
-        return NotProvedError(f"in float32 it computes {candidates[0]}, but for {dtypes} it rounds in no known order", resembles=True)
+        return LeftAloneError(f"in float32 it computes {candidates[0]}, but for {dtypes} it rounds in no known order", resembles=True)
     x = probe.x
     over = tuple(range(-len(shape), 0))
     mean_square = x.square().mean(over, keepdim=True)
@@ -88,5 +89,5 @@ def none_fits(probe: Probe, actual: Tensor, candidates: list[Semantics], eps: fl
     for reason, formula in formulas.items():
         products = [formula * factor for factor in factors]
         if any(actual.shape == y.shape and torch.allclose(actual, y.to(actual.dtype), rtol=1e-4, atol=1e-5) for y in products):
-            return NotProvedError(f"it {reason}", other=reason == "subtracts the mean")
-    return NotProvedError("it computes no RMS norm of its input")
+            return LeftAloneError(f"it {reason}", other=reason == "subtracts the mean")
+    return LeftAloneError("it computes no RMS norm of its input")

@@ -17,9 +17,10 @@ from torch.nn.utils import parametrize
 
 from triton_rmsnorm.patching.inspection import attributes, is_epsilon, named_modules, own_tensors, sounds_like_rms
 from triton_rmsnorm.patching.isolation import isolated
-from triton_rmsnorm.patching.probes import NotProvedError, agree
+from triton_rmsnorm.patching.probes import agree
 from triton_rmsnorm.patching.proof import Proof
 from triton_rmsnorm.patching.reads import Reads, frozen, is_plain, reads
+from triton_rmsnorm.patching.report import LeftAloneError
 from triton_rmsnorm.patching.semantics import Norm
 
 __all__ = ["Verdict", "agree", "fingerprint", "may_be_norm", "recognize"]
@@ -31,10 +32,7 @@ class Verdict:
 
     Args:
         norm: what is proved.
-        reason: why nothing is.
-        resembles: it looks like an RMS norm all the same.
-        ran: its forward took what an RMS norm takes.
-        other: it is a known other norm, such as a LayerNorm.
+        reason, resembles, ran, other: as in LeftAloneError.
     """
 
     norm: Norm | None
@@ -136,8 +134,8 @@ def _prove(module: nn.Module, found: Reads) -> Verdict:
         with isolated():
             norm = Proof(module, found, inputs).norm()
             if reads(module) != found:
-                raise NotProvedError("its forward changes what it reads")
-    except NotProvedError as refused:
+                raise LeftAloneError("its forward changes what it reads")
+    except LeftAloneError as refused:
         return Verdict(None, str(refused), refused.resembles, refused.ran, refused.other)
     return Verdict(norm)
 

@@ -23,7 +23,7 @@ def recomputing(original: type[nn.Module], recomputation: Recomputation) -> type
     """The subclass of `original` whose forward runs in `recompute_norms`.
 
     Raises:
-        CannotSubclassError: the class of the original does not allow this.
+        LeftAloneError: the class of the original does not allow this.
     """
 
     def finish(cls: type) -> None:

@@ -24,7 +24,7 @@ def replacement(original: type[nn.Module], norm: Norm) -> type[nn.Module]:
     """The subclass of `original` that computes `norm`.
 
     Raises:
-        CannotSubclassError: the class of the original does not allow this.
+        LeftAloneError: the class of the original does not allow this.
     """
 
     def holds(module: nn.Module) -> bool:
@@ -40,7 +40,7 @@ def replaced_forward(original: type[nn.Module], norm: Norm) -> Callable:
     """A forward that computes `norm` for modules that keep the class `original`. That attributes are set is not noticed.
 
     Raises:
-        CannotSubclassError: the class of the original does not allow a replacement.
+        LeftAloneError: the class of the original does not allow a replacement.
     """
     mark = mark_of(replacement(original, norm))
     assert mark is not None

@@ -75,6 +75,21 @@ class Report:
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+class LeftAloneError(RuntimeError):
+    """Why something is left alone.
+
+    Args:
+        reason: in words, for the report.
+        resembles: it looks like an RMS norm all the same.
+        ran: its forward took what an RMS norm takes.
+        other: it is a known other norm, such as a LayerNorm.
+    """
+
+    def __init__(self, reason: str, resembles: bool = False, ran: bool = True, other: bool = False):
+        super().__init__(reason)
+        self.resembles, self.ran, self.other = resembles, ran, other
+
+
 def in_words(error: BaseException) -> str:
     """The type and the message of an error, on one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

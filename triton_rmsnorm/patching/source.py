@@ -25,14 +25,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from triton_rmsnorm.patching.report import in_words
+from triton_rmsnorm.patching.report import LeftAloneError, in_words
 
 # Names in rewritten forwards: of what adds and normalizes, an attribute of self, and of a norm's output.
 ADD, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_y"
-
-
-class RefusedError(RuntimeError):
-    """The reason why a layer is left alone."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,12 @@ class Source:
         self.forward = forward
         self.function = inspect.unwrap(forward)
         if not isinstance(self.function, types.FunctionType):
-            raise RefusedError("its forward is not a Python function")
+            raise LeftAloneError("its forward is not a Python function")
         self.code = self.function.__code__
         try:
             self.file = "".join(inspect.findsource(self.function)[0])
         except (OSError, TypeError):
-            raise RefusedError("the source of its forward is not there") from None
+            raise LeftAloneError("the source of its forward is not there") from None
         function = self._parsed()[1]
         self.norms = {site.norm for site in _sites(function, _addition)}  # submodules that are called with a sum right after it
         self.others = {site.norm: type(site.add) for site in _sites(function, _other_addition)}  # with one that is written otherwise
@@ -74,12 +70,12 @@ class Source:
     def rewritten(self, norms: tuple[str, ...]) -> Callable:
         """The forward with the sums before these norms fused."""
         if self.code.co_freevars:
-            raise RefusedError(f"its forward uses variables of an enclosing scope: {', '.join(self.code.co_freevars)}")
+            raise LeftAloneError(f"its forward uses variables of an enclosing scope: {', '.join(self.code.co_freevars)}")
         tree, function = self._parsed()
         original = self._defined(function)
         codes = codes_of(original)
         if self._compiled(tree) != self.code or codes[:-1] != codes_of(self.forward)[-len(codes) : -1]:
-            raise RefusedError("its forward is not what its source says")
+            raise LeftAloneError("its forward is not what its source says")
         _fuse([site for site in _sites(function, _addition) if site.norm in norms], function.args.args[0].arg)
         inner = inspect.unwrap(original)
         inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
@@ -93,7 +89,7 @@ class Source:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (node.name, _first_line(node)) == (self.code.co_name, self.code.co_firstlineno):
                 return tree, node
-        raise RefusedError("its forward is not where its source should be")
+        raise LeftAloneError("its forward is not where its source should be")
 
     def _compiled(self, tree: ast.Module) -> types.CodeType:
         """The code of the forward in a file. What surrounds it matters: names of imported modules are compiled in another way."""
@@ -102,7 +98,7 @@ class Source:
             if code.co_name == self.code.co_name and code.co_firstlineno == self.code.co_firstlineno:
                 return code
             codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        raise RefusedError("its forward is not where its source should be")
+        raise LeftAloneError("its forward is not where its source should be")
 
     def _defined(self, function: ast.FunctionDef) -> Callable:
         """The forward defined once more, with its decorators, in a class of the same name, among the globals of the original."""
@@ -115,7 +111,7 @@ class Source:
         try:
             exec(compile(tree, self.code.co_filename, "exec", flags, True), self.function.__globals__, space)
         except Exception as error:  # of any kind: decorators are others' code
-            raise RefusedError(f"its forward cannot be defined again: {in_words(error)}") from None
+            raise LeftAloneError(f"its forward cannot be defined again: {in_words(error)}") from None
         return vars(space[name])[function.name]
 
 

@@ -12,12 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from triton_rmsnorm.patching.report import LeftAloneError
+
 # Held while classes are made and modules are given one.
 LOCK = threading.RLock()
-
-
-class CannotSubclassError(TypeError):
-    """A class refuses to have a subclass."""
 
 
 class Mark:
@@ -62,7 +60,7 @@ def derived(
         members: other attributes of the class.
 
     Raises:
-        CannotSubclassError: the class of the original does not allow this.
+        LeftAloneError: the class of the original does not allow this.
     """
     with LOCK:
         for subclass in type.__subclasses__(original):
@@ -86,7 +84,7 @@ def _subclass(original: type, name: str, members: dict) -> type:
         cls = constructor.__new__(metaclass, name, (nn.Module,), members)
         type.__setattr__(cls, "__bases__", (original,))
     except TypeError as error:
-        raise CannotSubclassError(f"its class cannot have a subclass: {error}") from None
+        raise LeftAloneError(f"its class cannot have a subclass: {error}") from None
     return cls
 
 
@@ -151,7 +149,7 @@ def _restored(function: Callable, args: tuple, derive: Callable, original: type[
     if type(module) is original:
         try:
             assign(module, derive(original, proof))
-        except (CannotSubclassError, RuntimeError) as error:
+        except LeftAloneError as error:
             warnings.warn(f"{original.__qualname__} is loaded as it was before it was patched: {error}", stacklevel=2)
         else:
             if complete:

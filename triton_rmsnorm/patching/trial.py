@@ -23,17 +23,13 @@ from triton_rmsnorm.patching.inspection import is_epsilon
 from triton_rmsnorm.patching.isolation import Draws, copy_with
 from triton_rmsnorm.patching.probes import EPS_OF_TENSORS
 from triton_rmsnorm.patching.proof import FEW_COLUMNS
-from triton_rmsnorm.patching.report import in_words
+from triton_rmsnorm.patching.report import LeftAloneError, in_words
 from triton_rmsnorm.patching.subclass import original_of, proof_of
 
 # Largest difference of an output or gradient, relative to its largest element: sums in other orders, in float32.
 TOLERANCE = 1e-4
 # A layer with more elements in its own parameters and buffers, without its submodules', is not tried.
 LARGEST_OWN = 2**24
-
-
-class FailedError(Exception):
-    """A trial does not show that both forwards are the same."""
 
 
 class _Output(Tensor):
@@ -62,11 +58,11 @@ def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) ->
         add: what that calls for a sum and a norm, an attribute of self.
 
     Raises:
-        FailedError: forward does not run, the two differ, or none of the norms is reached.
+        LeftAloneError: forward does not run, the two differ, or none of the norms is reached.
     """
     shape = _normalized(layer.get_submodule(min(names)))
     if len(shape) == 1 and shape[0] > FEW_COLUMNS:
-        with suppress(FailedError):
+        with suppress(LeftAloneError):
             return _try_out(_Trial(layer, names, shape, (FEW_COLUMNS,)), names, rewritten, add)
     return _try_out(_Trial(layer, names, shape, shape), names, rewritten, add)
 
@@ -95,11 +91,11 @@ def _try_out(trial: "_Trial", names: set[str], rewritten: Callable, add: str) ->
         try:
             actual = trial.run(inspect.unwrap(rewritten), arguments)
         except Exception as error:
-            raise FailedError(f"rewritten, its forward fails on a trial: {in_words(error)}") from None
+            raise LeftAloneError(f"rewritten, its forward fails on a trial: {in_words(error)}") from None
         if not _agree(actual, expected):
-            raise FailedError("rewritten, its forward computes something else on a trial")
+            raise LeftAloneError("rewritten, its forward computes something else on a trial")
     if not seen:
-        raise FailedError(failure or "the residual add was never reached when the layer was run on test input")
+        raise LeftAloneError(failure or "the residual add was never reached when the layer was run on test input")
     return seen
 
 
@@ -122,9 +118,9 @@ class _Trial:
     def __init__(self, layer: nn.Module, names: set[str], shape: tuple[int, ...], drawn: tuple[int, ...]):
         own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
         if any(is_lazy(t) for t in own):
-            raise FailedError("its own parameters are not initialized yet")
+            raise LeftAloneError("its own parameters are not initialized yet")
         if sum(t.numel() for t in own) > LARGEST_OWN:
-            raise FailedError("its own parameters are too large for a trial")
+            raise LeftAloneError("its own parameters are too large for a trial")
         self.generator = torch.Generator().manual_seed(0)
         self.leaves: list[Tensor] = []  # whose gradients are compared
         self.stand_ins: dict[int, nn.Module] = {}
