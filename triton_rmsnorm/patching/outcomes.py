@@ -26,12 +26,13 @@ class Change:
     """A way in which a module may get another class.
 
     Args:
-        proof: the class of what is found of modules that can be changed.
-        found: what is found of a module, or the reason why it is left alone; None: it has no row in the report. It may remember.
-        derive: makes the class, of that of the module and of what is found.
+        proof: the class of what is proved of modules that can be changed.
+        found: what is proved of a module, or None and the reason why it is left alone; and whether it looks like an RMS norm. None: it has
+            no row in the report. The dictionary is for what it remembers.
+        derive: makes the class, of that of the module and of what is proved.
         done: status of a module that is changed.
         before: status of one that was changed before.
-        unknown: in place of what is found, in the row of a module that is left alone.
+        unknown: in place of what is proved, in the row of a module that is left alone.
     """
 
     proof: type
@@ -46,7 +47,7 @@ def outcome(change: Change, module: nn.Module, memory: dict) -> tuple[Row | None
     """What becomes of a module, which is only looked at: its row but for the count, and the class that it is to get.
 
     Args:
-        memory: of what is found, for modules of one call.
+        memory: as for `change.found`.
     """
     cls = type(module)
     for base in cls.__mro__:
@@ -65,7 +66,7 @@ def outcome(change: Change, module: nn.Module, memory: dict) -> tuple[Row | None
             except LeftAloneError as error:
                 reason = str(error)
     status = change.done if derived else Status.LEFT_ALONE
-    return Row(cls, str(proof or change.unknown), 0, status, reason, resembles), derived
+    return Row(original_of(cls), str(proof or change.unknown), 0, status, reason, resembles), derived
 
 
 def _norm(module: nn.Module, memory: dict) -> tuple[Norm | None, str, bool] | None:
