@@ -1,14 +1,12 @@
 """torch.compile, torch.export, tracing and fake tensors: no graph break, nothing compiled anew, the same kernels and results as eager."""
 
 import io
-import re
 import shutil
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from processes import compiled
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,7 +21,6 @@ from variants import FUNCTIONS, VARIANTS, N, Variant, leaves, scalar, trained
 
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, rms_norm
 from triton_rmsnorm.reference import Spec, accumulation_dtype
-from triton_rmsnorm.runtime import config, launch
 from triton_rmsnorm.testing import draw
 
 ops = torch.ops.triton_rmsnorm
@@ -419,27 +416,6 @@ def test_kernels_are_not_traced(device):
     }
     assert any("triton_rmsnorm.forward" in target for target in targets)
     assert not any("empty" in target for target in targets)
-
-
-def fp64_instructions() -> list[str]:
-    """The instructions in fp64 that are left in the forward for fp32 input, compiled for sm_90."""
-    from bench.audit.compile import TARGETS, compile_for
-
-    x, weight = (torch.empty(shape, device="meta") for shape in ((64, 4096), (4096,)))
-    with launch.pretend(config.SM_90, on="meta"), launch.recorded(run=False) as launches:
-        rms_norm(x, (4096,), weight)
-    (forward,) = launches
-    arguments = [*forward.pointers.values(), *forward.launch.arguments]
-    ptx = compile_for(forward.launch.kernel, arguments, forward.launch.options, TARGETS["sm_90"].gpu).asm["ptx"]
-    assert "rsqrt.approx" in ptx
-    return sorted(set(re.findall(r"\b[a-z0-9.]*[.]f64\b[a-z0-9.]*", ptx)))
-
-
-@pytest.mark.slow
-def test_eps_does_not_make_the_arithmetic_fp64():
-    """eps reaches the kernel as fp64, as a float does that Inductor passes on; fp32 input is not normalized in fp64 for that."""
-    allowed = ["cvt.rn.f32.f64"], ["cvt.rn.f32.f64", "ld.param.f64"], ["cvt.rn.f32.f64", "mov.f64"]
-    assert compiled(fp64_instructions) in allowed
 
 
 @with_gpu

@@ -1,4 +1,4 @@
-"""Properties of compiled code that the interpreter cannot show: no dependence on the number of rows, and no contraction to fma."""
+"""Properties of compiled code that the interpreter cannot show: no dependence on the number of rows, no contraction to fma, no fp64."""
 
 import itertools
 import re
@@ -12,7 +12,9 @@ from bench.audit.compile import TARGETS, compile_for
 from bench.audit.record import launches
 from bench.problem import Problem
 from triton_rmsnorm import rms_norm
-from triton_rmsnorm.runtime.launch import pretend, recorded
+from triton_rmsnorm.reference import Spec
+from triton_rmsnorm.runtime import plan
+from triton_rmsnorm.runtime.launch import Recorded, pretend, recorded
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compiled")]
 
@@ -23,7 +25,7 @@ VARIANTS = ("plain", "residual", "gate", "gate_first")
 FLOAT = r"\b((?:mul|add|sub|mad|fma)(?:\.rn)?)\.f32\b"
 
 
-def code_of(found, target: str) -> str:
+def code_of(found: Recorded, target: str = "sm_90") -> str:
     launch = found.launch
     code = compile_for(launch.kernel, [*found.pointers.values(), *launch.arguments], launch.options, TARGETS[target].gpu).asm
     return code["ptx" if "ptx" in code else "amdgcn"]
@@ -51,7 +53,7 @@ def codes_of_views() -> int:
         x = torch.empty(batch, 7, 3, 128, device="meta")[:, :, 1].transpose(0, 1)
         with pretend(TARGETS["sm_90"].device, "meta"), recorded(run=False) as found:
             rms_norm(x, (128,))
-        codes.add(tuple(re.findall(r"\S+\.f32\b", code_of(found[0], "sm_90"))))
+        codes.add(tuple(re.findall(r"\S+\.f32\b", code_of(found[0]))))
     return len(codes)
 
 
@@ -60,10 +62,41 @@ def arithmetic() -> dict[tuple, Counter]:
     found = {}
     for direction, variant, dtype in itertools.product(DIRECTIONS, VARIANTS, ("fp32", "bf16")):
         for launch in launches(Problem(64, 33, direction, variant, dtype, dtype), TARGETS["sm_90"].device):
-            found[launch.step, variant, dtype] = Counter(re.findall(FLOAT, code_of(launch, "sm_90")))
+            found[launch.step, variant, dtype] = Counter(re.findall(FLOAT, code_of(launch)))
     (launch,) = launches(Problem(64, 33, dtype="fp32", weight_dtype="fp32"), TARGETS["sm_90"].device)
     launch.launch.options["enable_fp_fusion"] = True
-    found["contraction allowed"] = Counter(re.findall(FLOAT, code_of(launch, "sm_90")))
+    found["contraction allowed"] = Counter(re.findall(FLOAT, code_of(launch)))
+    return found
+
+
+def fp64_instructions() -> set[str]:
+    """The instructions in fp64 that are left in the forward for fp32 input."""
+    (launch,) = launches(Problem(64, 4096, dtype="fp32", weight_dtype="fp32"), TARGETS["sm_90"].device)
+    code = code_of(launch)
+    assert "rsqrt.approx" in code
+    return set(re.findall(r"\b[a-z0-9.]*[.]f64\b[a-z0-9.]*", code))
+
+
+OUTPUTS = {
+    "plain": {},
+    "offset": {"weight_offset": 1.0},
+    "silu": {"activation": "silu"},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh first": {"activation": "gelu_tanh", "norm_before_gate": False},
+}
+
+
+def forwards_and_outputs() -> dict[str, dict[str, Counter]]:
+    """The fp32 arithmetic of forwards and of the kernel that computes their outputs again, by step."""
+    x, rstd = torch.empty(64, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(64, 1, device="meta")
+    found = {}
+    for name, options in OUTPUTS.items():
+        spec, gate = Spec((4096,), 1e-6)._replace(**options), x if "activation" in options else None
+        with pretend(TARGETS["sm_90"].device, "meta"), recorded(run=False) as steps:
+            plan.forward((x, x[0], None, gate), spec)
+            plan.output(x, x[0], gate, rstd, spec, x.dtype)
+        arithmetic = r"\b(?:mul|add|sub|fma|mad|ex2|div|rcp)\S*\.f32\b"
+        found[name] = {one.step: Counter(re.findall(arithmetic, code_of(one))) for one in steps}
     return found
 
 
@@ -87,3 +120,16 @@ def test_nothing_is_contracted():
     for case, counts in found.items():
         assert counts.keys() <= {"mul.rn", "add.rn", "sub.rn", "fma.rn"}, case
         assert (counts["fma.rn"] > 0) == (case[0] == "backward"), case
+
+
+def test_eps_does_not_make_the_arithmetic_fp64():
+    """eps reaches the kernel as fp64, as a float does that Inductor passes on; fp32 input is not normalized in fp64 for that."""
+    found = compiled(fp64_instructions)
+    assert "cvt.rn.f32.f64" in found and len(found - {"ld.param.f64", "mov.f64"}) == 1
+
+
+def test_outputs_are_computed_again_as_in_the_forward():
+    """Of the same instructions, without those for the mean: rounded one by one, so a compiler has no choice between bits."""
+    for name, steps in compiled(forwards_and_outputs).items():
+        assert steps["output"] <= steps["forward"], name
+        assert steps["output"].total() and not steps["output"].keys() & {"mul.f32", "add.f32", "sub.f32", "fma.f32", "mad.f32"}, name
