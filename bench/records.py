@@ -60,6 +60,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def words(metadata: dict, *names: str) -> str:
+    """What is known of `names`, or of everything, to be read: "torch 2.13.0, triton 3.9.0"."""
+    return ", ".join(f"{name} {metadata[name]}" for name in names or metadata if metadata.get(name) not in (None, "", False))
+
+
 def undated(metadata: dict) -> dict:
     """What two measurements share if they can be continued one by the other."""
     return {key: value for key, value in metadata.items() if key != "date"}

@@ -14,6 +14,13 @@ COLORS = (VERMILLION, BLUE, SKY, GREEN, PURPLE, ORANGE, BLACK, YELLOW)  # in the
 MARKERS = "os^DvPX*"
 
 
+def figure(width: float, height: float):
+    """An empty figure of matplotlib, in inches; without pyplot, whose backend is the caller's."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def styles(*names: str) -> dict[str, dict[str, str]]:
     """Keyword arguments of matplotlib for each name, at most eight. The first, which is to be noticed, is vermillion."""
     return {name: {"color": color, "marker": marker} for name, color, marker in zip(names, COLORS, MARKERS, strict=False)}

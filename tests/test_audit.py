@@ -207,14 +207,14 @@ def test_pictures(tmp_path, monkeypatch, capsys):
         for n in (64, 4096, 16384)
     ]
     figures = rules.figures([*chosen, ROW._replace(problem=Problem(8192, 64, dtype="fp32"))])
+    frozen = {"triton": "3.9.0", "commit": "c", "date": "2026-01-01", "figures": figures}
     for version in ("3.9.0", "3.10.0"):
-        records.write(tmp_path / f"audit-{version}.json", {"triton": version, "figures": figures}, lines="figures")
+        records.write(tmp_path / f"audit-{version}.json", frozen | {"triton": version}, lines="figures")
     assert plot.main([]) == 0
     (drawn,) = tmp_path.glob("*.png")
     assert drawn.name == "audit-3.10.0.png" and drawn.stat().st_size > 20_000
     assert str(drawn) in capsys.readouterr().out
 
-    frozen = {"triton": "3.9.0", "figures": figures}
     found = picture.find(frozen, "plain", "gate")
     assert found.keys() == {(row.target, row.problem) for row in chosen}
     assert found["sm_90", PLAIN] == rules.figures([ROW])[ROW.key]

@@ -13,6 +13,7 @@ from bench import plot, providers, records
 from bench import problem as problems
 from bench.problem import DIRECTIONS, LAYOUTS, VARIANTS, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
+from bench.record import __main__ as record
 from bench.speed import check, report, run, tune
 from triton_rmsnorm.runtime import autotune, launch, table
 from triton_rmsnorm.runtime.config import SM_90, analytic
@@ -161,12 +162,14 @@ def test_a_provider_that_is_not_installed_is_absent(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("main", [run.main, tune.main], ids=["run", "tune"])
-def test_without_a_gpu(main, capsys):
+@pytest.mark.parametrize("main", [run.main, tune.main, record.main], ids=["run", "tune", "record"])
+def test_without_a_gpu(main, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main([])
     assert caught.value.code == records.NO_GPU not in (0, 1, 2)
-    assert "no GPU" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "no GPU" in shown and shown.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ def on_stub(test):
 
 
 def measured(folder: Path) -> str:
-    """What `python -m bench.host --profile --json` prints, with few windows."""
+    """What `python -m bench.host --json` prints, with few windows."""
     host.WINDOWS, records.RESULTS = 3, folder
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        host.main(["--profile", "--json"])
+        host.main(["--json"])
     return shown.getvalue()
 
 
@@ -45,7 +45,6 @@ def test_host(tmp_path, monkeypatch):
     lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in shown.splitlines() if line.startswith("│")}
     assert lines.keys() >= {"ours: RMSNorm", "ours: rms_norm", "F.layer_norm, computed on the CPU", "a Function that does nothing"}
     assert all(0 < float(figure) < 1e5 for line in lines.values() for figure in line)
-    assert "launch.py" in shown and "tottime" in shown
 
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     written = records.newest("host")

@@ -4,7 +4,7 @@ Their functions are called with tensors that have no data, and what they would l
 counts that spills least, and of several the one with the fewest instructions per element.
 """
 
-from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -47,19 +47,12 @@ class Call(NamedTuple):
         return {name: named[name] for name in self.kernel.arg_names if isinstance(named.get(name), Tensor)}
 
 
-def problems() -> list[Problem]:
-    return [
-        Problem(ROWS, n, direction, variant)
-        for direction in ("forward", "backward")
-        for variant in ("plain", "residual", "gate")
-        for n in LENGTHS
-    ]
-
-
 def compare_all(target: str, jobs: int | None = None) -> list[tuple[Problem, dict[str, Figures | str]]]:
     """Problems, and figures by provider or why there are none."""
-    compared = in_processes(compare, [(target, problem) for problem in problems()], jobs, "compiling", TRITON_INTERPRET=None)
-    return list(zip(problems(), compared, strict=True))
+    kinds = product(("forward", "backward"), ("plain", "residual", "gate"), LENGTHS)
+    problems = [Problem(ROWS, n, direction, variant) for direction, variant, n in kinds]
+    compared = in_processes(compare, [(target, problem) for problem in problems], jobs, "compiling", TRITON_INTERPRET=None)
+    return list(zip(problems, compared, strict=True))
 
 
 def compare(task: tuple[str, Problem]) -> dict[str, Figures | str]:
@@ -110,18 +103,11 @@ def _figures(call: Call, problem: Problem, target: Target) -> Figures:
 
 
 def table(target: str, results: list[tuple[Problem, dict[str, Figures | str]]]) -> Table:
-    """A line per problem and provider."""
+    """A line per problem and provider, with figures or why there are none."""
     columns = ("problem", "provider", "registers", "spilled", "warps per SM", "KB in flight", "instructions per element")
     found = Table(*columns, title=f"{target}, ours and others", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for problem, figures in results:
-        for name, cells in _lines(figures):
+        for name, of in figures.items():
+            cells = [of] if isinstance(of, str) else [*map(str, of[:3]), f"{of.in_flight / 1024:.0f}", f"{of.per_element:.1f}"]
             found.add_row(str(problem) if name == OURS else "", name, *cells)
     return found
-
-
-def _lines(figures: dict[str, Figures | str]) -> Iterator[tuple[str, list[str]]]:
-    for name, of in figures.items():
-        if isinstance(of, str):
-            yield name, [of]
-        else:
-            yield name, [str(of.registers), str(of.spilled), str(of.warps), f"{of.in_flight / 1024:.0f}", f"{of.per_element:.1f}"]

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,10 +9,6 @@ from bench import records, style
 from bench.audit.compile import TARGETS
 from bench.audit.rows import ROWS, problems
 from bench.problem import GRID, Problem
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _MOST_REGISTERS = 255  # that a thread of an NVIDIA GPU can have
 _NAMES = {
@@ -47,12 +42,10 @@ def find(frozen: dict, *variants: str) -> Found:
     }
 
 
-def picture(frozen: dict, target: str = "sm_90") -> "Figure":
+def picture(frozen: dict, target: str = "sm_90"):
     """Memory traffic over N, of the plain norm on every target; registers and spills of every variant on `target`."""
-    from matplotlib.figure import Figure
-
     plain = find(frozen, "plain")
-    figure = Figure(figsize=(9.6, 8.8), layout="constrained")
+    figure = style.figure(9.6, 8.8)
     grid = figure.add_gridspec(2, 2, height_ratios=(2, 3.2))
     left = None
     for i, direction in enumerate(("forward", "backward")):
@@ -72,13 +65,12 @@ def picture(frozen: dict, target: str = "sm_90") -> "Figure":
             axes.set_ylabel("memory traffic above\nthe minimum (%)")
             axes.legend(frameon=False, fontsize=9)
     _registers(figure.add_subplot(grid[1, :]), find(frozen, *_NAMES), target)
-    parts = [f"Triton {frozen['triton']}", f"commit {frozen['commit'][:8]}" if "commit" in frozen else "", frozen.get("date", "")[:10]]
-    about = ", ".join(filter(None, parts))
+    about = f"Triton {frozen['triton']}, commit {frozen['commit'][:8]}, {frozen['date'][:10]}"
     figure.suptitle(f"Compiled and counted without a GPU, not timed. {about}; bf16, {ROWS} rows", fontsize=10)
     return figure
 
 
-def _registers(axes: "Axes", found: Found, target: str) -> None:
+def _registers(axes, found: Found, target: str) -> None:
     """A heat map: registers per thread, or what is spilled."""
     lines = {
         f"{name}, {direction}": {p.n: row for (of, p), row in found.items() if (of, p.direction, p.variant) == (target, direction, variant)}

@@ -5,14 +5,8 @@ print(markdown(record))
 picture(record)  # a figure of matplotlib
 """
 
-from typing import TYPE_CHECKING
-
-from bench import style
+from bench import records, style
 from bench.cost.count import DIRECTIONS, of_row
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 KB = 1024
 DASH = "\N{EN DASH}"  # what could not be counted
@@ -76,16 +70,13 @@ def by_model(record: dict) -> dict[str, list[dict]]:
 def about(record: dict) -> str:
     """What was counted, with which versions, and when."""
     metadata = record["metadata"]
-    versions = ", ".join(f"{name} {metadata[name]}" for name in _PACKAGES if name in metadata)
-    return f"{record['tokens']} tokens in {record['dtype']}; {versions}; {metadata['date'][:10]}"
+    return f"{record['tokens']} tokens in {record['dtype']}; {records.words(metadata, *_PACKAGES)}; {metadata['date'][:10]}"
 
 
-def picture(record: dict) -> "Figure":
+def picture(record: dict):
     """Bars of bytes moved and of bytes kept by the norms, for each model and provider."""
-    from matplotlib.figure import Figure
-
     shown = {model: rows for model, rows in by_model(record).items() if any("costs" in row for row in rows)}
-    figure = Figure(figsize=(10, 0.9 + 2.15 * len(shown)), layout="constrained")
+    figure = style.figure(10, 0.9 + 2.15 * len(shown))
     axes = figure.subplots(len(shown), 2, squeeze=False, sharex="col", width_ratios=(3, 2))
     unit = record["tokens"] * KB
     for (moved_axes, kept_axes), (model, rows) in zip(axes, shown.items(), strict=True):
@@ -116,7 +107,7 @@ def _label(row: dict) -> str:
     return row["provider"] + share
 
 
-def _bar(axes: "Axes", at: int, provider: str, parts: list[float]) -> None:
+def _bar(axes, at: int, provider: str, parts: list[float]) -> None:
     """Stacked parts with their sum; a dash where nothing was counted."""
     left, color = 0.0, style.VERMILLION if provider.startswith("ours") else style.BLUE
     for part, look in zip(parts, _LOOKS, strict=False):

@@ -1,17 +1,13 @@
 """The page of a record: losses first, then what was measured, with pictures; all of it from record.json alone."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bench import style
+from bench import records, style
 from bench.record.steps import STEPS
 from bench.speed import host, report
 from bench.speed.report import Comparison
 from bench.train import report as training
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 GOAL = {"forward": 0.95, "backward": 0.90}  # of a copy in the same run
 REHEARSAL = "REHEARSAL with stand-ins, not a measurement"
@@ -36,7 +32,7 @@ def write(out: Path, record: dict[str, Any], draw: bool = True) -> None:
 
 def markdown(record: dict[str, Any], pictures: list[str]) -> list[str]:
     about = record["metadata"]
-    versions = ", ".join(f"{key} {value}" for key, value in about.items() if value not in ("", False) and key not in ("gpu", "date"))
+    versions = records.words(about, *(key for key in about if key not in ("gpu", "date")))
     lines = [
         f"# {REHEARSAL if record['rehearsal'] else 'RMSNorm on ' + about['gpu']}",
         "",
@@ -51,11 +47,10 @@ def markdown(record: dict[str, Any], pictures: list[str]) -> list[str]:
         lines.append(f"| {name}: {step['what']} | {step['status']} | {step['minutes']:.1f} | {note} |")
     for picture in pictures:
         lines += ["", picture]
-    for name, title, columns, cells in TABLES:
-        rows = _rows(record, name)
-        if rows:
-            lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'--:|' * len(columns)}"]
-            lines += [f"| {' | '.join(map(str, row))} |" for row in cells(rows)]
+    for step in record["steps"].values():
+        if rows := (step["result"] or {}).get("rows"):
+            lines += ["", f"## {step['what'][:1].upper()}{step['what'][1:]}", "", f"| {' | '.join(rows[0])} |", f"|{'--:|' * len(rows[0])}"]
+            lines += [f"| {' | '.join('' if cell is None else str(cell) for cell in row.values())} |" for row in rows]
     if run["rows"]:
         lines += ["", "## Every problem", "", report.markdown(run)]
     return lines
@@ -84,25 +79,13 @@ def _files(record: dict[str, Any], kind: str) -> list[dict]:
     return [content for name, content in sorted(record["files"].items()) if name.startswith(f"{kind}-")]
 
 
-def _rows(record: dict[str, Any], step: str) -> Any:
-    result = record["steps"].get(step, {}).get("result") or {}
-    return result.get("rows")
-
-
-def _speed(record: dict[str, Any]) -> "Figure | None":
-    run = measured(record)
-    return report.picture(run) if run["rows"] else None
-
-
-def _bars(record: dict[str, Any]) -> "Figure | None":
+def _bars(record: dict[str, Any]):
     """How much faster than the best peer, problem by problem, losses at the top; and beside it the part of a copy's bandwidth."""
-    from matplotlib.figure import Figure
-
     compared = [one for one in report.comparisons(measured(record)) if one.speedup(one.best_peer)]
     if not compared:
         return None
     compared.sort(key=lambda one: one.speedup(one.best_peer))
-    figure = Figure(figsize=(11, 1.6 + 0.2 * len(compared)), layout="constrained")
+    figure = style.figure(11, 1.6 + 0.2 * len(compared))
     ratios, parts = figure.subplots(1, 2, sharey=True)
     places = range(len(compared))
     speedups = [one.speedup(one.best_peer) for one in compared]
@@ -124,7 +107,7 @@ def _bars(record: dict[str, Any]) -> "Figure | None":
     return figure
 
 
-def _training(record: dict[str, Any]) -> "Figure | None":
+def _training(record: dict[str, Any]):
     found = _files(record, "train")
     if not found or not any(run["status"] == "measured" for run in found[-1]["runs"].values()):
         return None
@@ -135,69 +118,26 @@ def _training(record: dict[str, Any]) -> "Figure | None":
     return training.picture(result)
 
 
-def _host(record: dict[str, Any]) -> "Figure | None":
+def _speed(record: dict[str, Any]):
+    run = measured(record)
+    return report.picture(run) if run["rows"] else None
+
+
+def _host(record: dict[str, Any]):
     found = _files(record, "host")
     return host.picture(found[-1]) if found else None
 
 
-PICTURES: tuple[tuple[str, Callable[[dict[str, Any]], "Figure | None"], str], ...] = (
+# Files, what draws them, and what they show.
+PICTURES = (
     ("losses.png", _bars, "Every problem beside the best peer, and beside a copy, losses first"),
-    (
-        "speed.png",
-        _speed,
-        "Speed over the row length with a copy as the ceiling, and the time of the best peer by ours; forward and backward",
-    ),
+    ("speed.png", _speed, "Speed over the row length with a copy as the ceiling, and the best peer's time by ours; forward and backward"),
     ("training.png", _training, "Losses, time of a step and memory in training"),
     ("host.png", _host, "The host's time per call"),
 )
 
 
-def _ratio(us: float | None, other: float) -> str:
-    return "" if us is None else f"{other / us:.2f}"
-
-
-def _persistent(rows: list[dict]) -> Iterator[tuple]:
-    for row in rows:
-        config = ", ".join(f"{key} {value}" for key, value in (row["persistent"] or {}).items())
-        yield (
-            row["n"],
-            row["copy_us"],
-            row["flat_us"],
-            row["persistent_us"] or "",
-            _ratio(row["flat_us"], row["persistent_us"] or 0),
-            config,
-        )
-
-
-def _first_use(rows: list[dict]) -> Iterator[tuple]:
-    for row in rows:
-        yield row["n"], row["direction"], row["seconds"], row["analytic_us"], row["us"], _ratio(row["us"], row["analytic_us"])
-
-
-def _memory(rows: dict[str, dict]) -> Iterator[tuple]:
-    for name, row in rows.items():
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
-        yield name, f"{1000 * row['step_seconds']['median']:.1f}" if row["step_seconds"] else row["note"], peak
-
-
-TABLES: tuple[tuple[str, str, tuple[str, ...], Callable[[Any], Iterator[tuple]]], ...] = (
-    (
-        "persistent",
-        "A flat forward against a persistent one (bf16)",
-        ("N", "copy, µs", "flat, µs", "persistent, µs", "persistent / flat", "fastest persistent configuration"),
-        _persistent,
-    ),
-    (
-        "first use",
-        "Tuning at the first use of a key (bf16, same bits)",
-        ("N", "direction", "seconds", "untuned, µs", "tuned, µs", "times as fast"),
-        _first_use,
-    ),
-    ("memory", "Training steps of four layers of a 1B Llama", ("", "step, ms", "peak, GiB"), _memory),
-)
-
-
-def _mark(figure: "Figure") -> None:
+def _mark(figure) -> None:
     title = figure.get_suptitle()
     figure.suptitle(f"{REHEARSAL}\n{title}", fontsize=10, color=style.VERMILLION)
     figure.text(0.5, 0.5, "REHEARSAL", ha="center", va="center", rotation=25, fontsize=70, alpha=0.12, color=style.VERMILLION, zorder=9)

@@ -96,8 +96,8 @@ def persistent(folder: Path, minutes: float) -> Outcome:
     from bench.speed import persistent
 
     rows = persistent.compare(records.gpu())
-    won = [row["n"] for row in rows if row["persistent_us"] and row["persistent_us"] < row["flat_us"]]
-    return Outcome(note=f"the persistent forward is faster at {len(won)} of {len(rows)} row lengths", result={"rows": rows})
+    won = sum((row["flat / persistent"] or 0) > 1 for row in rows)
+    return Outcome(note=f"the persistent forward is faster at {won} of {len(rows)} row lengths", result={"rows": rows})
 
 
 def first_use(folder: Path, minutes: float) -> Outcome:
@@ -110,9 +110,10 @@ def first_use(folder: Path, minutes: float) -> Outcome:
         for direction in ("forward", "backward"):
             start = time.perf_counter()
             found = autotune.search(Key(direction, n, 2, 2), device, full=False)
-            rows.append({"n": n, "direction": direction, "seconds": round(time.perf_counter() - start, 2), **found._asdict()})
-            rows[-1]["config"] = str(found.config)
-    seconds, gain = sum(row["seconds"] for row in rows) / len(rows), max(row["analytic_us"] / row["us"] for row in rows)
+            rows.append({"N": n, "direction": direction, "seconds": round(time.perf_counter() - start, 2)})
+            rows[-1] |= {"untuned, µs": found.analytic_us, "tuned, µs": found.us, "times as fast": round(found.analytic_us / found.us, 3)}
+            rows[-1]["configuration"] = str(found.config)
+    seconds, gain = sum(row["seconds"] for row in rows) / len(rows), max(row["times as fast"] for row in rows)
     return Outcome(note=f"{seconds:.1f} s per search; at best {gain:.3f} times as fast", result={"rows": rows})
 
 
@@ -138,8 +139,8 @@ def memory(folder: Path, minutes: float) -> Outcome:
     runs: dict[str, Run] = {}
     for name in (BASELINE, "ours", RECOMPUTED):
         runs[name] = attempt(name, job, runs)
-    rows = report.figures({}, job, runs)["runs"]
-    return Outcome("done" if all(run.measured for run in runs.values()) else "failed", _trained(rows), {"rows": rows})
+    figures = report.figures({}, job, runs)["runs"]
+    return Outcome("done" if all(run.measured for run in runs.values()) else "failed", _trained(figures), {"runs": figures})
 
 
 def train(folder: Path, minutes: float) -> Outcome:
@@ -199,10 +200,10 @@ STEPS = {
         Step("tune", "bench.tune for the most used keys", tune, 1, 8, 7),
         Step("quick", "bench.run --suite quick", partial(suite, "quick"), 2, 4, 0),
         Step("full", "bench.run --suite full", partial(suite, "full"), 2.5, 12, 8),
-        Step("persistent", "a flat forward against a persistent one", persistent, 0.6, 1.2, 3),
-        Step("first use", "what tuning at the first use costs and gains", first_use, 0.7, 1, 5),
+        Step("persistent", "a flat forward against a persistent one (bf16)", persistent, 0.6, 1.2, 3),
+        Step("first use", "what tuning at the first use of a key costs and gains (bf16, same bits)", first_use, 0.7, 1, 5),
         Step("host", "bench.host", host, 0.4, 0.8, 4),
-        Step("memory", "training steps with and without recompute_norms", memory, 1, 2, 9),
+        Step("memory", "training steps of four layers of a 1B Llama, with and without recompute_norms", memory, 1, 2, 9),
         Step("train", "bench.train --preset 1b --compare", train, 3, 9, 10),
         Step("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 1, 3, 11),
     )

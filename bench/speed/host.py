@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from statistics import quantiles
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,9 +25,6 @@ import triton_rmsnorm
 from bench import records, style
 from bench.problem import EPS, Data, Problem, draw
 from bench.providers import PROVIDERS, absent
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ON_GPU, ON_CPU = Problem(64, 4096), Problem(4, 64)
 WINDOW = 200e-6  # seconds of calls between two looks at the clock: short, so that most windows pass undisturbed
@@ -110,12 +107,10 @@ def window_time(call: Callable[[], object], clock: Callable[[], float] = time.pe
     return quantiles(times, n=4)[0]
 
 
-def picture(result: dict) -> "Figure":
+def picture(result: dict):
     """Bars of µs per call: forward without grad, with, and with the backward."""
-    from matplotlib.figure import Figure
-
     about, found = result["metadata"], result["us"]
-    figure = Figure(figsize=(9.4, 1.6 + 0.55 * len(found)), layout="constrained")
+    figure = style.figure(9.4, 1.6 + 0.55 * len(found))
     axes = figure.subplots()
     parts = {
         "no_grad": ("forward, no grad", style.SKY),
@@ -131,7 +126,7 @@ def picture(result: dict) -> "Figure":
     axes.set(xlabel="host time per call (µs)", xlim=(0, 1.1 * max(times["training"] for times in found.values())))
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.grid(axis="x", alpha=0.3)
-    versions = ", ".join(f"{key} {about[key]}" for key in ("triton_rmsnorm", "torch", "triton"))
+    versions = records.words(about, "triton_rmsnorm", "torch", "triton")
     where = f"{about['gpu']}, driver {about['driver']}" if about["gpu"] != "none" else "no GPU, the driver is a stub that does nothing"
     figure.suptitle(f"{result['problem']}; {where}\n{about['cpu']}, load {about['load']}, {versions}, {about['date'][:10]}", fontsize=9)
     return figure
@@ -159,8 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
         "problem": f"{problem.m} x {problem.n}, {problem.dtype}",
         "us": {name: {what: round(us, 2) for what, us in found._asdict().items()} for name, found in times.items()},
     }
-    about = ", ".join(f"{key} {value}" for key, value in measured["metadata"].items() if value)
-    table = Table("µs per call", "forward, no grad", "forward", "forward and backward", caption=f"{measured['problem']}; {about}")
+    caption = f"{measured['problem']}; {records.words(measured['metadata'])}"
+    table = Table("µs per call", "forward, no grad", "forward", "forward and backward", caption=caption)
     for name, calls in measured["us"].items():
         table.add_row(name, *(f"{us:.1f}" for us in calls.values()))
     Console(width=120).print(table)

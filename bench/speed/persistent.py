@@ -96,11 +96,12 @@ def _compare(n: int, m: int, device: torch.device, flush: Tensor) -> dict:
     us = {name: median(times) for name, times in zip(names, time_interleaved(every, ROUNDS, flush), strict=True)}
     best = min(calls, key=us.__getitem__, default=None)
     return {
-        "n": n,
-        "m": m,
-        "copy_us": round(us["copy"], 2),
-        "flat_us": round(us["flat"], 2),
-        "persistent_us": round(us[best], 2) if best else None,
-        "persistent": best._asdict() if best else None,
+        "N": n,
+        "rows": m,
+        "copy, µs": round(us["copy"], 2),
+        "flat, µs": round(us["flat"], 2),
+        "persistent, µs": round(us[best], 2) if best else None,
+        "flat / persistent": round(us["flat"] / us[best], 3) if best else None,
+        "fastest persistent configuration": str(best),
         "tried": len(calls),
     }

@@ -6,14 +6,11 @@ picture(run)  # a figure of matplotlib
 """
 
 from statistics import geometric_mean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from bench import style
+from bench import records, style
 from bench.problem import DIRECTIONS, Problem, rows
 from bench.providers import CEILING, EAGER, OURS, PROVIDERS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _STYLES = style.styles(*PROVIDERS)
 
@@ -55,7 +52,7 @@ def comparisons(run: dict) -> list[Comparison]:
 def markdown(run: dict) -> str:
     """All that was measured, as Markdown: the table, geometric means, wins and losses, what is absent or was not measured and why."""
     compared = comparisons(run)
-    lines = [", ".join(f"{key} {value}" for key, value in run["metadata"].items() if value not in ("", False)), ""]
+    lines = [records.words(run["metadata"]), ""]
     lines += ["| problem | ours µs | GB/s | of copy | best peer | its µs | speedup |", "|---|--:|--:|--:|---|--:|--:|"]
     for comparison in compared:
         ours, peer = comparison.ours, comparison.best_peer
@@ -110,11 +107,9 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def picture(run: dict) -> "Figure":
-    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
-
+def picture(run: dict):
     compared, about = comparisons(run), run["metadata"]
-    figure = Figure(figsize=(9.8, 7.4), layout="constrained")
+    figure = style.figure(9.8, 7.4)
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for direction, (speeds, ratios) in zip(DIRECTIONS, axes.T, strict=False):
         here = sorted((c for c in compared if c.problem.direction == direction), key=lambda c: c.problem.n)

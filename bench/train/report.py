@@ -1,18 +1,13 @@
 """What is left of a comparison: its figures as JSON, a table to print, a picture."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
-from bench import records
-from bench.style import styles
+from bench import records, style
 from bench.train.job import SEED, TEXT, Job, count_parameters, device_name, interpreted
 from bench.train.providers import BASELINE, CONTROL
 from bench.train.run import Run, largest_difference, tolerance, warm_up, what_fits
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def about(job: Job) -> dict:
@@ -66,14 +61,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def picture(result: dict) -> "Figure":
+def picture(result: dict):
     """Loss curves, and their distance from the baseline's; beside them, unless kernels were interpreted, bars of time and memory."""
-    from matplotlib.figure import Figure
-
     runs = {name: run for name, run in result["runs"].items() if run["status"] == "measured"}
-    looks = {BASELINE: {"color": "0.75"}, **styles(*sorted(runs.keys() - {BASELINE}, key=lambda name: ("ours" not in name, name)))}
+    looks = {BASELINE: {"color": "0.75"}, **style.styles(*sorted(runs.keys() - {BASELINE}, key=lambda name: ("ours" not in name, name)))}
     timed = not result["interpreted"]
-    figure = Figure(figsize=(13.0 if timed else 7.5, 6.5), layout="constrained")
+    figure = style.figure(13.0 if timed else 7.5, 6.5)
     figure.suptitle(_title(result), fontsize=10)
     panels = figure.subplots(2, 1 + timed, squeeze=False, height_ratios=(3, 2))
     _draw_losses(*panels[:, 0], runs, looks, result["tolerance"])
@@ -126,7 +119,7 @@ def _draw_bars(times, memory, runs: dict[str, dict], looks: dict[str, dict]) -> 
 
 def _title(result: dict) -> str:
     data, model = result["metadata"], result["model"]
-    versions = ", ".join(f"{name} {data[name]}" for name in ("torch", "triton", "transformers"))
+    versions = records.words(data, "torch", "triton", "transformers")
     size = f"{model['type']} of {model['parameters'] / 1e6:.3g} M parameters on {result['text']}, {result['dtype']}"
     how = f"{data['device']}{', kernels interpreted' if result['interpreted'] else ''}, {versions}, {data['date'][:10]}"
     return f"{size}, {result['batch']} x {result['seq_len']} tokens per step\n{how}"
