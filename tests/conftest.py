@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 os.environ["TRITON_RMSNORM_AUTOTUNE"] = "0"  # the tests of tuning switch it on
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that models compute the same bits twice
 
-from triton_rmsnorm.runtime import config, launch
+from triton_rmsnorm.runtime import autotune, config, launch, table
 
 # torch.empty and its relatives are filled with NaN, so that output that no kernel wrote is noticed.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -58,6 +58,21 @@ def run_as() -> Iterator[Callable[[config.Device], None]]:
         pytest.skip("a GPU runs its own configurations")
     with ExitStack() as stack:
         yield lambda stand_in: stack.enter_context(launch.pretend(stand_in))
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path) -> Iterator[None]:
+    """Tuning is on, and nothing is known except what the test finds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(autotune.VARIABLE)
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(table, "search", autotune.tune)
+    monkeypatch.setattr(autotune, "_found", {})
+    table.shipped.cache_clear()
+    launch.forget()
+    yield
+    table.shipped.cache_clear()
+    launch.forget()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transforms import TRANSFORMS, VMAPPED, double_backward, gradients
-from variants import FUNCTIONS, VARIANTS, N, leaves, trained
+from variants import VARIANTS, N, every_function, every_variant, leaves, trained
 
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, rms_norm
 from triton_rmsnorm.reference import Spec, accumulation_dtype
@@ -24,8 +24,6 @@ from triton_rmsnorm.testing import draw
 ops = torch.ops.triton_rmsnorm
 compiles = partial(torch.compile, backend="aot_eager", fullgraph=True)  # a graph break is an error
 plain = VARIANTS["plain"].ours
-every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 @pytest.fixture(autouse=True)

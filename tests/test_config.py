@@ -7,11 +7,9 @@ import pytest
 from triton_rmsnorm.runtime.config import (
     GFX942,
     INTERPRETER,
-    LOAD_POLICIES,
     SM_80,
     SM_90,
     SM_100,
-    STORE_POLICIES,
     Config,
     Key,
     analytic,
@@ -32,20 +30,11 @@ KEYS = [
 ]
 
 
-def name_of(device):
-    return f"{device.name}-{device.max_ctas}"
+def on(devices):
+    return pytest.mark.parametrize("device", devices, ids=lambda device: f"{device.name}-{device.max_ctas}")
 
 
-@pytest.fixture(params=GPUS, ids=name_of)
-def gpu(request):
-    return request.param
-
-
-@pytest.fixture(params=[*GPUS, INTERPRETER], ids=name_of)
-def device(request):
-    return request.param
-
-
+@on([*GPUS, INTERPRETER])
 def test_valid(device):
     assert [key for key in KEYS if device is not INTERPRETER and not is_valid(analytic(key, device), key, device)] == []
     for key in KEYS:
@@ -54,39 +43,43 @@ def test_valid(device):
         assert config.block_m * config.block_n <= 2**20, (key, config)  # the largest tile of Triton
 
 
-def test_programs_of_the_backward_are_resident_at_once(gpu):
+@on(GPUS)
+def test_programs_of_the_backward_are_resident_at_once(device):
     """A program that waits for another one to end would do its share of the rows alone, at the end."""
     for key in KEYS:
-        config = analytic(key, gpu)
+        config = analytic(key, device)
         if key.direction == "forward":
             assert config.programs == 0
             continue
-        per_sm = -(-config.programs * config.num_ctas // gpu.num_sms)
-        threads = per_sm * config.num_warps * gpu.warp_size
+        per_sm = -(-config.programs * config.num_ctas // device.num_sms)
+        threads = per_sm * config.num_warps * device.warp_size
         prefetched = (config.num_stages - 1) * prefetched_bytes(config, key)
         assert config.programs >= 1 and threads <= 1024, (key, config)
-        assert gpu.backend == "hip" or per_sm * prefetched <= gpu.shared_memory, (key, config)
+        assert device.backend == "hip" or per_sm * prefetched <= device.shared_memory, (key, config)
 
 
-def test_short_rows_have_several_programs_per_sm(gpu):
+@on(GPUS)
+def test_short_rows_have_several_programs_per_sm(device):
     for n in (64, 128, 256, 512, 1024, 2048):
-        config = analytic(Key("backward", n, 2, 2), gpu)
-        assert config.programs >= 4 * gpu.num_sms and config.block_m * config.block_n <= 2048
+        config = analytic(Key("backward", n, 2, 2), device)
+        assert config.programs >= 4 * device.num_sms and config.block_m * config.block_n <= 2048
 
 
-def test_tiles_of_the_forward_are_small(gpu):
+@on(GPUS)
+def test_tiles_of_the_forward_are_small(device):
     """So that an SM holds many of them: no more than 32 elements per thread, except in a cluster."""
     for n, kind in itertools.product(range(1, 32769, 97), ("plain", "residual", "gate")):
-        config = analytic(Key("forward", n, 2, 2, kind), gpu)
-        assert config.block_m * config.block_n <= 32 * config.num_warps * gpu.warp_size
+        config = analytic(Key("forward", n, 2, 2, kind), device)
+        assert config.block_m * config.block_n <= 32 * config.num_warps * device.warp_size
 
 
-def test_partial_dw_fits_into_the_last_level_cache(gpu):
+@on(GPUS)
+def test_partial_dw_fits_into_the_last_level_cache(device):
     """So that the kernel that sums them need not read them from memory."""
     for n in COLUMNS:
-        config = analytic(Key("backward", n, 2, 2), gpu)
+        config = analytic(Key("backward", n, 2, 2), device)
         blocks = -(-n // config.block_n)  # which share the programs
-        assert max(1, config.programs // blocks) * n * 4 <= (256 if gpu is GFX942 else 40) * 2**20
+        assert max(1, config.programs // blocks) * n * 4 <= (256 if device is GFX942 else 40) * 2**20
 
 
 def test_long_rows():
@@ -104,6 +97,7 @@ def test_long_rows():
     assert analytic(Key("forward", 65536, 4, 4), SM_90).num_ctas > 1
 
 
+@on([*GPUS, INTERPRETER])
 def test_same_for_all_n_of_a_power_of_2(device):
     """Between two powers of 2, N itself is the only thing that compiles another kernel."""
     for key in KEYS:
@@ -111,6 +105,7 @@ def test_same_for_all_n_of_a_power_of_2(device):
         assert analytic(key, device) == analytic(key._replace(n=power), device)
 
 
+@on([*GPUS, INTERPRETER])
 def test_reduction(device):
     for n in COLUMNS:
         config = reduction_config(n, device)
@@ -139,9 +134,5 @@ def test_reduction(device):
 def test_invalid(change):
     key = Key("backward", 256, 2, 2)
     config = analytic(key, SM_90)
-    assert is_valid(config, key, SM_90)
+    assert is_valid(config, key, SM_90) and config.load_policy == config.store_policy == ""
     assert not is_valid(Config(**(vars(config) | change)), key, SM_90)
-
-
-def test_policies_include_the_default():
-    assert LOAD_POLICIES[0] == STORE_POLICIES[0] == ""

@@ -15,7 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from variants import BLOCKED, FUNCTIONS, VARIANTS, N, id_of, leaves, torchs, trained
+from variants import BLOCKED, VARIANTS, N, every_function, id_of, leaves, torchs, trained
 
 import triton_rmsnorm
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
@@ -28,7 +28,6 @@ REAL = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_floating_point), key
 COMPLEX = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_complex), key=str)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 pytestmark = pytest.mark.usefixtures("small_tiles")
-every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def eps_of(x: Tensor, eps: float | None) -> float:

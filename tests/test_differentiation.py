@@ -8,15 +8,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vjp, vmap
 from torch.utils._pytree import tree_leaves
 from transforms import TRANSFORMS, VMAPPED, dual, every
-from variants import FUNCTIONS, VARIANTS, N, Variant, leaves
+from variants import FUNCTIONS, VARIANTS, N, Variant, every_function, every_variant, leaves
 
 from triton_rmsnorm import add_rms_norm, rms_norm
 from triton_rmsnorm.testing import draw
 
 SHAPE = (2, 3, N)
 pytestmark = pytest.mark.usefixtures("small_tiles")
-every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def assert_same(ours, theirs) -> None:

@@ -285,20 +285,6 @@ def test_rows_do_not_depend_on_their_batch(dtype, n, kind):
 
 
 @pytest.fixture
-def tuned(monkeypatch, tmp_path) -> Iterator[None]:
-    """Tuning is on, and nothing is known except what the test finds."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "none")
-    monkeypatch.setattr(table, "search", autotune.tune)
-    monkeypatch.setattr(autotune, "_found", {})
-    table.shipped.cache_clear()
-    launch.forget()
-    yield
-    table.shipped.cache_clear()
-    launch.forget()
-
-
-@pytest.fixture
 def searched(monkeypatch) -> list[Key]:
     """The keys for which a search is made."""
     keys: list[Key] = []

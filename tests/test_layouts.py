@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from variants import BLOCKED
+from variants import BLOCKED, offsets_of
 
 from triton_rmsnorm import rms_norm
 from triton_rmsnorm.reference import Inputs, Spec
@@ -42,6 +42,7 @@ VIEWS = {
     "one_row": View((128,), lambda x: x),
     "offset": View((3, 129), lambda x: x.flatten()[3:].unflatten(0, (3, 128))),
     "one_column": View((6, 4), lambda x: x[:, 1:2]),
+    "expanded_number": View((1,), lambda x: x.expand(9, 100), in_place=False),  # the gradient of a sum
     "every_second_column": View((6, 256), lambda x: x[:, ::2], in_place=False),
     "transposed": View((128, 6), lambda x: x.t(), in_place=False),
     "expanded_columns": View((6, 1), lambda x: x.expand(6, 128), in_place=False),
@@ -70,31 +71,19 @@ def check(x: Tensor, weight: Tensor | None, dy: Tensor, ndim: int = 1) -> None:
     assert_within_budget(results, expected(Inputs(x, weight), dy, Spec(shape, torch.finfo(torch.float32).eps)))
 
 
-@pytest.fixture(params=VIEWS.values(), ids=VIEWS)
-def view(request) -> View:
-    return request.param
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_input(view, dtype, device, launches):
-    x = view.of(draw(view.base, dtype, device))
-    check(x, draw(x.shape[-1:], dtype, device), draw(x.shape, dtype, device))
+@pytest.mark.parametrize("strided", ["X", "DY", "both"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views(view, strided, device, launches):
+    """The input, the gradient, or both, differently: rows that merge in one need not merge in the other."""
+    dtype = torch.bfloat16 if strided == "X" else torch.float32
+    tensor = view.of(draw(view.base, dtype, device))
+    *rows, n = tensor.shape
+    other = draw((*rows, 2, n), dtype, device).select(-2, 1) if strided == "both" else draw(tensor.shape, dtype, device)
+    x, dy = (other, tensor) if strided == "DY" else (tensor, other)
+    check(x, draw((n,), dtype, device), dy)
     forward, backward, _ = launches
-    for recorded in (forward, backward):
-        assert (recorded.pointers["X"].data_ptr() == x.data_ptr()) == view.in_place
-
-
-def test_gradient(view, device, launches):
-    dy = view.of(draw(view.base, torch.float32, device))
-    check(draw(dy.shape, torch.float32, device), draw(dy.shape[-1:], torch.float32, device), dy)
-    assert (launches[1].pointers["DY"].data_ptr() == dy.data_ptr()) == view.in_place
-
-
-def test_input_and_gradient(view, device):
-    """Both strided, differently: rows that merge in one need not merge in the other."""
-    x = view.of(draw(view.base, torch.float32, device))
-    shape = x.shape
-    check(x, draw(shape[-1:], torch.float32, device), draw((*shape[:-1], 2, shape[-1]), torch.float32, device).select(-2, 1))
+    for recorded in [backward] if strided == "DY" else [forward, backward]:
+        assert (recorded.pointers["DY" if strided == "DY" else "X"].data_ptr() == tensor.data_ptr()) == view.in_place
 
 
 @pytest.mark.parametrize("n", [100, max(BLOCKED)])
@@ -113,11 +102,6 @@ def test_weight_of_two_dims(device, launches):
     """A view where its dimensions merge (here they do not), otherwise a copy; dw in its shape either way."""
     weight = draw((8, 6), torch.float32, device).t()
     check(draw((5, 6, 8), torch.float32, device), weight, draw((5, 6, 8), torch.float32, device), ndim=2)
-
-
-def test_gradient_of_sum(device):
-    x, weight = draw((9, 100), torch.float32, device), draw((100,), torch.float32, device)
-    check(x, weight, torch.ones((), device=device).expand(9, 100))
 
 
 def test_normalized_over_two_strided_dims(device, launches):
@@ -172,21 +156,16 @@ def test_rows_are_found(problem):
     """Merged sizes and strides lead to the offset of every row."""
     sizes, tensors = problem
     inner_sizes, merged = merge_rows(sizes, *tensors)
-    rows = 1
-    for size in sizes:
-        rows *= size
     for strides, ours in zip(tensors, merged, strict=True):
-        expected = torch.zeros(sizes, dtype=torch.long)
-        for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
-            expected += (torch.arange(size) * stride).view(-1, *(1,) * (len(sizes) - dim - 1))
-        row, offsets = torch.arange(rows), torch.zeros(rows, dtype=torch.long)
+        expected = offsets_of(sizes, strides).flatten()
+        row, offsets = torch.arange(len(expected)), torch.zeros(len(expected), dtype=torch.long)
         for size, stride in zip(reversed(inner_sizes), reversed(ours[1:]), strict=True):
             offsets += row % size * stride
             row = row // size
-        assert torch.equal(offsets + row * ours[0], expected.flatten())
+        assert torch.equal(offsets + row * ours[0], expected)
 
 
-def test_rows_merge():
+def test_examples_of_merged_rows():
     assert merge_rows((4, 5, 6), (30, 6, 1)) == ((), [(1,)])
     assert merge_rows((4, 1, 6), (600, 7, 100)) == ((), [(100,)])
     assert merge_rows((4, 5, 6), (30, 6, 1), (0, 0, 0)) == ((), [(1,), (0,)])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,6 +65,8 @@ VARIANTS = {
 }
 # One for each of the three functions.
 FUNCTIONS = {name: VARIANTS[name] for name in ("plain", "residual", "gate")}
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def ours(spec: Spec) -> Callable[..., Any]:
@@ -104,6 +107,14 @@ def scalar(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[...
         return sum((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).cos()).sum() for y in outputs)
 
     return total
+
+
+def offsets_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """The offset of every element."""
+    offsets = torch.zeros(shape, dtype=torch.long)
+    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+        offsets += (torch.arange(size) * stride).view(-1, *(1,) * (len(shape) - dim - 1))
+    return offsets
 
 
 def id_of(value: object) -> str | None:
