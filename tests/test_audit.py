@@ -218,6 +218,7 @@ def test_pictures(tmp_path, monkeypatch, capsys):
     found = picture.find(frozen, "plain", "gate")
     assert found.keys() == {(row.target, row.problem) for row in chosen}
     assert found["sm_90", PLAIN] == rules.figures([ROW])[ROW.key]
+    assert len(picture.heat_maps(frozen).axes) == 2 * 6  # maps and their color bars
 
 
 def test_accesses():

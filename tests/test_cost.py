@@ -193,13 +193,14 @@ def test_operations(function, cost):
     assert operations(function, torch.empty(10, 20, device="meta")) == cost
 
 
-def test_what_cannot_be_counted(monkeypatch):
+def test_what_cannot_be_counted(capsys):
     with pytest.raises(UncountableError, match="not installed"):
         count_layer(SMALL, PROVIDERS[HF]._replace(package="no_such_package"), TOKENS, torch.bfloat16)
     with pytest.raises(UncountableError, match="has none of these norms"):
         count_layer(SMALL, PROVIDERS[HF]._replace(equip=lambda model, norms: 0), TOKENS, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"model must be one of Llama-3-8B, .* got 'llama-3'"):
-        layers.model_of("llama-3")
+    with pytest.raises(SystemExit):
+        __main__.main(["--model", "Llama-3-8B", "llama-3"])
+    assert "--model must be a model type of transformers, such as llama" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -233,7 +234,8 @@ def test_record(record):
 @pytest.mark.parametrize("name", ["mistral", "olmo2", *MODELS])
 def test_models(name):
     """Any type of transformers that runs without values, in its own configuration."""
-    ours, theirs = (count_layer(layers.model_of(name), PROVIDERS[provider], 64, torch.bfloat16) for provider in (FUSED, HF))
+    model = MODELS.get(name) or Model(name, {})
+    ours, theirs = (count_layer(model, PROVIDERS[provider], 64, torch.bfloat16) for provider in (FUSED, HF))
     assert ours.computed == ours.norms >= 2
     assert 0 < ours.counts.cost("norms").moved < theirs.counts.cost("norms").moved
     assert ours.counts.cost("layer").moved < theirs.counts.cost("layer").moved

@@ -4,16 +4,13 @@ Whatever happens to one provider, the others are measured and the file says what
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import plot, records
+from bench import plot
 from bench.train import __main__ as command
 from bench.train.job import PRESETS, batches, count_parameters, new_model, read_text
 from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, RECOMPUTED, control, ours
@@ -292,15 +289,3 @@ def test_bad_arguments(arguments, tmp_path, capsys):
         command.main([*arguments, "--out", str(tmp_path)])
     assert exit.value.code == 2
     assert arguments[-2] in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_runs_as_a_program(tmp_path):
-    """It decides by itself whether Triton interprets, which must be before Triton is imported."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    arguments = ["--steps", "1", "--batch", "1", "--dtype", "bfloat16", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.train", *arguments], env=environment, capture_output=True, text=True, cwd=records.ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ours: 100%" in done.stderr  # the progress bar

@@ -87,7 +87,7 @@ def _recorded(name: str, problem: Problem) -> list[Call]:
             tuner.fn.run(*arguments, **options, **config.all_kwargs())
 
     with mock.patch.object(JITFunction, "run", launch), mock.patch.object(Autotuner, "run", tune):
-        calls(problem, PROVIDERS[name].norm(problem), "meta", found)
+        calls(problem, PROVIDERS[name].norm(problem), found)
     return found
 
 

@@ -1,4 +1,11 @@
-"""Draws what the audit froze, which is compiled and counted, not timed: `python -m bench.plot` saves the picture, a notebook shows it."""
+"""Draws what the audit froze, which is compiled and counted, not timed.
+
+    frozen = json.loads(newest().read_text())
+    picture(frozen)  # memory traffic of the plain norm on every target, registers of every variant on one
+    heat_maps(frozen)  # of the plain norm on every target
+
+Both return a figure of matplotlib, which `python -m bench.plot` saves and notebooks show.
+"""
 
 import json
 from pathlib import Path
@@ -42,6 +49,15 @@ def find(frozen: dict, *variants: str) -> Found:
     }
 
 
+def _beyond(figures: dict) -> float:
+    """Memory traffic above the minimum, in percent."""
+    return 100 * (figures["memory"] / figures["minimum"] - 1)
+
+
+def _about(frozen: dict) -> str:
+    return f"Triton {frozen['triton']}, commit {frozen['commit'][:8]}, {frozen['date'][:10]}"
+
+
 def picture(frozen: dict, target: str = "sm_90"):
     """Memory traffic over N, of the plain norm on every target; registers and spills of every variant on `target`."""
     plain = find(frozen, "plain")
@@ -51,9 +67,8 @@ def picture(frozen: dict, target: str = "sm_90"):
     for i, direction in enumerate(("forward", "backward")):
         left = axes = figure.add_subplot(grid[0, i], sharey=left)
         for name, look in style.styles(*TARGETS).items():
-            rows = [(p.n, row) for (of, p), row in plain.items() if (of, p.direction) == (name, direction)]
-            points = sorted((n, 100 * (row["memory"] / row["minimum"] - 1)) for n, row in rows)
-            axes.plot(*zip(*points, strict=True), label=name, markersize=4, linewidth=1.3, **look) if points else None
+            points = [(p.n, _beyond(row)) for (of, p), row in plain.items() if (of, p.direction) == (name, direction)]
+            axes.plot(*zip(*sorted(points), strict=True), label=name, markersize=4, linewidth=1.3, **look) if points else None
         axes.set_yscale("symlog", linthresh=1)
         axes.set(ylim=(-0.2, 120), title=f"{direction} of the plain norm", xlabel="N (columns per row)")
         axes.set_xscale("log", base=2)
@@ -65,34 +80,67 @@ def picture(frozen: dict, target: str = "sm_90"):
             axes.set_ylabel("memory traffic above\nthe minimum (%)")
             axes.legend(frameon=False, fontsize=9)
     _registers(figure.add_subplot(grid[1, :]), find(frozen, *_NAMES), target)
-    about = f"Triton {frozen['triton']}, commit {frozen['commit'][:8]}, {frozen['date'][:10]}"
-    figure.suptitle(f"Compiled and counted without a GPU, not timed. {about}; bf16, {ROWS} rows", fontsize=10)
+    figure.suptitle(f"Compiled and counted without a GPU, not timed. {_about(frozen)}; bf16, {ROWS} rows", fontsize=10)
     return figure
 
 
 def _registers(axes, found: Found, target: str) -> None:
-    """A heat map: registers per thread, or what is spilled."""
-    lines = {
+    rows = {
         f"{name}, {direction}": {p.n: row for (of, p), row in found.items() if (of, p.direction, p.variant) == (target, direction, variant)}
         for direction in ("forward", "backward")
         for variant, name in _NAMES.items()
     }
-    lines = {label: line for label, line in lines.items() if line}
-    columns = [n for n in GRID if any(n in line for line in lines.values())]
-    image = np.array([[max(line[n]["registers"]) if n in line else np.nan for n in columns] for line in lines.values()], dtype=float)
-    shown = axes.imshow(image, cmap="cividis_r", aspect="auto", vmin=0, vmax=_MOST_REGISTERS)
-    spills = 0
-    for y, line in enumerate(lines.values()):
-        for x, row in ((columns.index(n), row) for n, row in line.items()):
-            registers, spilled = max(row["registers"]), max(row["spilled"])
-            text = axes.text(x, y, registers, ha="center", va="center", fontsize=7, color="white" if registers > 140 else "black")
-            if spilled:
-                text.set(text=f"+{spilled}", bbox={"color": style.VERMILLION, "pad": 1.5})
-                spills += 1
-    spills = "spills are orange: bytes per thread" if spills else "nothing is spilled"
-    axes.set_title(f"{target}: registers per thread; {spills}", fontsize=10)
+    rows = {label: row for label, row in rows.items() if row}
+    columns = [n for n in GRID if any(n in row for row in rows.values())]
+    registers, spilled = (_image(rows, columns, lambda figures, name=name: max(figures[name])) for name in ("registers", "spilled"))
+    texts = np.array(
+        [[f"+{s:.0f}" if s > 0 else f"{r:.0f}" for r, s in zip(*pair, strict=True)] for pair in zip(registers, spilled, strict=True)]
+    )
+    spills = "spills are orange: bytes per thread" if (spilled > 0).any() else "nothing is spilled"
+    _heat_map(axes, registers, _MOST_REGISTERS, texts, list(rows), f"{target}: registers per thread; {spills}")
+    for y, x in np.argwhere(spilled > 0):
+        axes.texts[y * len(columns) + x].set_bbox({"color": style.VERMILLION, "pad": 1.5})
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.set_xlabel("N (columns per row)")
+
+
+def heat_maps(frozen: dict):
+    """Of the plain norm, over N and targets: what its kernels take, what keeps the memory busy, and what they move."""
+    panels = {  # title: value, and where the colors end
+        "registers per thread": (lambda target, row: max(row["registers"]), _MOST_REGISTERS),
+        "spilled bytes per thread": (lambda target, row: max(row["spilled"]), None),
+        "resident warps per SM": (lambda target, row: row["warps"], 64),
+        "bytes in flight / needed": (lambda target, row: row["in_flight"] / TARGETS[target].latency_bytes, 3),
+        "instructions per element": (lambda target, row: row["per_element"], 40),
+        "memory traffic above the minimum (%)": (lambda target, row: _beyond(row), 10),
+    }
+    found = find(frozen, "plain")
+    lines = list(dict.fromkeys((target, problem.direction) for target, problem in found))
+    rows = {line: {p.n: (t, row) for (t, p), row in found.items() if (t, p.direction) == line} for line in lines}
+    columns = sorted({problem.n for _, problem in found})
+    figure = style.figure(9.4, 14)
+    grid = figure.subplots(len(panels), 1, sharex=True)
+    for axes, (title, (value, top)) in zip(grid, panels.items(), strict=True):
+        image = _image(rows, columns, lambda pair, value=value: value(*pair))
+        texts = np.array([[f"{v:.0f}" if v >= 10 or v == round(v) else f"{v:.1f}" for v in np.nan_to_num(line)] for line in image])
+        _heat_map(axes, image, top or max(np.nanmax(image, initial=0), 1), texts, [" ".join(line) for line in lines], title)
+    grid[-1].set_xticks(range(len(columns)), columns, rotation=90)
+    grid[-1].set_xlabel("N (columns per row)")
+    figure.suptitle(f"compiled without a GPU: {_about(frozen)}; plain norm, bf16, {ROWS} rows")
+    return figure
+
+
+def _image(rows: dict, columns: list[int], value) -> np.ndarray:
+    """value(row[n]) for each row and column; NaN where there is nothing."""
+    return np.array([[value(row[n]) if n in row else np.nan for n in columns] for row in rows.values()], dtype=float)
+
+
+def _heat_map(axes, image: np.ndarray, top: float, texts: np.ndarray, labels: list[str], title: str) -> None:
+    shown = axes.imshow(image, cmap="cividis_r", aspect="auto", vmin=0, vmax=top)
+    for (y, x), value in np.ndenumerate(image):
+        color = "white" if value > 0.55 * top else "black"
+        axes.text(x, y, "" if np.isnan(value) else texts[y, x], ha="center", va="center", fontsize=7, color=color)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_title(title, fontsize=10)
     axes.grid(False)
     axes.figure.colorbar(shown, ax=axes, pad=0.01, aspect=20)

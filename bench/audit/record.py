@@ -2,11 +2,11 @@
 
 from unittest import mock
 
-import torch
 from torch import Tensor
 
-from bench.problem import VARIANTS, Problem, draw
+from bench.problem import Problem, draw
 from bench.providers import Norm, ours
+from bench.speed.check import make_call
 from triton_rmsnorm.runtime import config, table
 from triton_rmsnorm.runtime.config import Device
 from triton_rmsnorm.runtime.launch import Recorded, as_compiled, pretend, recorded
@@ -15,29 +15,19 @@ DEVICES = {device.name: as_compiled(device) for device in (config.SM_80, config.
 _ROWS = {"X", "RESIDUAL", "GATE", "Y", "RESIDUAL_OUT", "DY", "DRESIDUAL_OUT", "DX", "DRESIDUAL", "DGATE"}
 
 
-def launches(problem: Problem, device: Device, on: str = "meta") -> list[Recorded]:
-    """The launches of one direction of `problem` in a training step on `device`, with tensors of the type `on`."""
-    with mock.patch.object(table, "search", None), pretend(device, on), recorded(run=False) as found:
-        calls(problem, ours(problem), on, found)
+def launches(problem: Problem, device: Device) -> list[Recorded]:
+    """The launches of one direction of `problem` in a training step on `device`, with tensors without memory."""
+    with mock.patch.object(table, "search", None), pretend(device, on="meta"), recorded(run=False) as found:
+        calls(problem, ours(problem), found)
     return found
 
 
-def calls(problem: Problem, norm: Norm, on: str, found: list) -> None:
+def calls(problem: Problem, norm: Norm, found: list) -> None:
     """Calls a norm in one direction of `problem` while something records into `found`."""
-    variant = VARIANTS[problem.variant]
-    data = draw(problem, on)
-    data.x.requires_grad_(variant.needs_dx)
-    for tensor in (data.residual, data.gate):
-        if tensor is not None:
-            tensor.requires_grad_()
-    if data.weight is not None:
-        data.weight.requires_grad_(variant.needs_dw)
-    outputs = norm(data.x, data.weight, data.residual, data.gate)
+    backward = make_call(problem._replace(direction="backward"), norm, draw(problem, "meta"))  # after a forward with gradients
     if problem.direction == "backward":
         found.clear()
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        inputs = [tensor for tensor in data.inputs if tensor.requires_grad]
-        torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
+        backward()
 
 
 def tensors(launch: Recorded) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from functools import partial
 from itertools import chain
 
 from bench import records
+from bench.census.tiny_models import unknown
 from bench.cost import report
-from bench.cost.layers import MODELS, model_of, rows
+from bench.cost.layers import MODELS, rows
 from bench.problem import DTYPES
 
 
@@ -28,11 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "fp64"], default="bf16")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
-    for name in options.model:
-        try:
-            model_of(name)
-        except ValueError as error:
-            parser.error(str(error))
+    for reason in filter(None, map(unknown, {*options.model} - {*MODELS})):
+        parser.error(f"--model {reason}")
     count = partial(rows, tokens=options.tokens, dtype=options.dtype)
     if min(options.jobs, len(options.model)) > 1:
         with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -182,23 +182,19 @@ class Counted(NamedTuple):
     norms: int
 
 
-def model_of(name: str) -> Model:
-    """One of MODELS, or any type of transformers in its default configuration."""
-    if name in MODELS:
-        return MODELS[name]
-    if name not in CONFIG_MAPPING:
-        raise ValueError(f"model must be one of {', '.join(MODELS)} or a model type of transformers, got {name!r}")
-    return Model(name, {})
-
-
 def rows(name: str, tokens: int, dtype: str) -> list[dict]:
-    """One row per provider: its counts, or the reason why there are none."""
+    """One row per provider: its counts, or the reason why there are none.
+
+    Args:
+        name: one of MODELS, or any type of transformers, which is counted in its default configuration.
+    """
+    model = MODELS.get(name) or Model(name, {})
     found = []
     for provider, equipped in PROVIDERS.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of peers, about the absence of a GPU
-                counted = count_layer(model_of(name), equipped, tokens, DTYPES[dtype])
+                counted = count_layer(model, equipped, tokens, DTYPES[dtype])
             row = {"norms": counted.norms, "computed": counted.computed, **counted.counts.as_row()}
         except UncountableError as error:
             row = {"reason": str(error)}

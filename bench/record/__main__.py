@@ -14,13 +14,13 @@ Exit status: 0; 1 if a step failed; 2 for wrong arguments; 69 without a GPU.
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from bench import records
 from bench.record.run import RECORD, Recorder
 
 MINUTES = 50
-REHEARSAL_MINUTES = 30
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,23 +40,22 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--apply: {error}")
         return 0
 
+    sizes = nullcontext()
     if options.rehearse:
         from bench.record.rehearsal import METADATA, small
 
-        with small():  # the pictures ask for the sizes of problems
-            return _record(Recorder(options.out or Path("out/rehearsal"), records.metadata() | METADATA, rehearse=True), options, parser)
-    records.gpu()
-    return _record(Recorder(options.out or Path("out/record"), records.metadata()), options, parser)
-
-
-def _record(recorder: Recorder, options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+        recorder, sizes = Recorder(options.out or Path("out/rehearsal"), records.metadata() | METADATA, rehearse=True), small()
+    else:
+        records.gpu()
+        recorder = Recorder(options.out or Path("out/record"), records.metadata())
     recorder.out.mkdir(parents=True, exist_ok=True)
     if (recorder.out / RECORD).exists():
         if not options.resume:
             parser.error(f"{recorder.out} holds a record: --resume goes on with it")
         if reason := recorder.resume():
             parser.error(f"--resume: {reason}")
-    recorder.run(options.minutes or (REHEARSAL_MINUTES if options.rehearse else MINUTES))
+    with sizes:  # of problems, for which the pictures ask
+        recorder.run(options.minutes or MINUTES)
     print(f"{recorder.out / 'record.md'}")
     return int(any(step["status"] == "failed" for step in recorder.record["steps"].values()))
 

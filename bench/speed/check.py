@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.problem import Data, Problem
+from bench.problem import VARIANTS, Data, Problem
 from bench.providers import Norm
 from triton_rmsnorm import testing
 from triton_rmsnorm.reference import Inputs
@@ -17,15 +17,22 @@ from triton_rmsnorm.testing import Expected, Results
 Call = Callable[[], list[Tensor]]
 
 
+def trained(problem: Problem, data: Data) -> dict[str, Tensor]:
+    """The inputs whose gradients a problem has, by name."""
+    variant = VARIANTS[problem.variant]
+    wanted = {"x": variant.needs_dx, "weight": variant.needs_dw, "residual": True, "gate": True}
+    return {name: tensor for name, tensor in zip(wanted, data, strict=False) if wanted[name] and tensor is not None}
+
+
 def make_call(problem: Problem, norm: Norm, data: Data) -> Call:
-    """One direction, ready to be repeated; it returns y and x + residual, or the gradients of data.inputs, or all of them."""
+    """One direction, ready to be repeated; it returns y and x + residual, or the gradients, or all of them."""
 
     def forward() -> list[Tensor]:
         outputs = norm(data.x, data.weight, data.residual, data.gate)
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def backward(outputs: list[Tensor], retain_graph: bool) -> list[Tensor]:
-        return list(torch.autograd.grad(outputs, data.inputs, data.cotangents, retain_graph=retain_graph))
+        return list(torch.autograd.grad(outputs, inputs, data.cotangents, retain_graph=retain_graph))
 
     def inference() -> list[Tensor]:
         with torch.no_grad():
@@ -37,7 +44,8 @@ def make_call(problem: Problem, norm: Norm, data: Data) -> Call:
 
     if problem.direction == "forward":
         return inference
-    for tensor in data.inputs:
+    inputs = list(trained(problem, data).values())
+    for tensor in inputs:
         tensor.requires_grad_()
     if problem.direction == "forward+backward":
         return training
@@ -50,7 +58,7 @@ def expect(problem: Problem, data: Data) -> dict[str, Expected]:
     exact = testing.expected(Inputs(*data[:4]), data.dy, problem.spec, data.dresidual_out, rounded=True)
     names = [] if problem.direction == "backward" else ["y", "residual_out"][: len(data.cotangents)]
     if problem.direction != "forward":
-        names += [f"d{name}" for name, tensor in zip(data._fields[:4], data[:4], strict=True) if tensor is not None]
+        names += [f"d{name}" for name in trained(problem, data)]
     return {name: exact[name] for name in names}
 
 

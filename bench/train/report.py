@@ -102,19 +102,19 @@ def _draw_losses(top, bottom, runs: dict[str, dict], looks: dict[str, dict], tol
 
 
 def _draw_bars(times, memory, runs: dict[str, dict], looks: dict[str, dict]) -> None:
-    def bars(axes, label: str, values: list[float], written: str) -> None:
-        for row, (name, value) in enumerate(zip(runs, values, strict=True)):
-            axes.barh(row, value, 0.62, color=looks[name]["color"])
-            axes.text(1.38 * max(values), row, written.format(value), va="center", ha="right", fontsize=9)
-        axes.set(xlabel=label, xlim=(0, 1.4 * max(values, default=0) or 1), yticks=range(len(runs)), yticklabels=runs)
+    low, median, high = ([1e3 * run["step_seconds"][key] for run in runs.values()] for key in ("low", "median", "high"))
+    quartiles = [[b - a for a, b in zip(*pair, strict=True)] for pair in ((low, median), (median, high))]
+    peaks = [(run["peak_bytes"] or 0) / 2**30 for run in runs.values()]
+    for axes, label, values, spread, written in (
+        (times, "time of a step (ms): median and quartiles", median, quartiles, "{:.1f}"),
+        (memory, "peak memory (GiB)", peaks, None, "{:.2f}"),
+    ):
+        bars = axes.barh(list(runs), values, 0.62, xerr=spread, capsize=3, color=[looks[name]["color"] for name in runs])
+        axes.bar_label(bars, fmt=written, padding=4, fontsize=9)
+        axes.set_xlabel(label)
+        axes.margins(x=0.15)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
-
-    quartiles = [tuple(1e3 * run["step_seconds"][key] for key in ("low", "median", "high")) for run in runs.values()]
-    bars(times, "time of a step (ms): median and quartiles", [median for _, median, _ in quartiles], "{:.1f}")
-    for row, (low, median, high) in enumerate(quartiles):
-        times.errorbar(median, row, xerr=[[median - low], [high - median]], color="black", capsize=3, linewidth=1)
-    bars(memory, "peak memory (GiB)", [(run["peak_bytes"] or 0) / 2**30 for run in runs.values()], "{:.2f}")
 
 
 def _title(result: dict) -> str:
