@@ -76,6 +76,8 @@ CHANGES = {
     "registered parameter": (Optional, lambda norm: norm.register_parameter("bias", BIAS)),
     "registered buffer": (Optional, bias_becomes_a_buffer),
     "attribute of the class": (Switched, lambda norm: setattr(Switched, "on", False)),
+    "epsilon with a gradient": (Norm, lambda norm: setattr(norm, "eps", nn.Parameter(torch.tensor(0.5)))),
+    "epsilon of each column": (Norm, lambda norm: setattr(norm, "eps", torch.linspace(0.1, 1, COLUMNS))),
     "configuration": (Configured, lambda norm: vars(norm.config).update(scaled=True, factors={"all": 2.0})),
     "dictionary": (lambda: Configured(scaled=True), lambda norm: norm.config.factors.update(all=2.0)),
     "another configuration": (Configured, lambda norm: setattr(norm, "config", Configured(0.5, scaled=True).config)),
@@ -134,6 +136,14 @@ def test_epsilon_of_a_configuration_is_followed(device, launches):
     assert len(launches) == 2
 
 
+def test_an_epsilon_that_the_original_refuses():
+    norm = Norm()
+    patch(norm)
+    norm.eps = None
+    with pytest.raises(TypeError, match="unsupported operand"):
+        norm(torch.randn(3, COLUMNS))
+
+
 def test_other_attributes_leave_it_patched(device, launches):
     """Neither attributes that its forward does not read, nor the weight, the epsilon, a mode, or the same value once more."""
     norm = Switched().to(device)
@@ -171,6 +181,20 @@ def test_compiled_before_the_change(device):
     torch.testing.assert_close(compiled(x), original_of(norm)(x))
     Switched.on = False
     assert torch.equal(compiled(x), x)
+    torch._dynamo.reset()
+
+
+class OtherwiseCompiled(Norm):
+    def forward(self, x):
+        return x if torch.compiler.is_compiling() else super().forward(x)
+
+
+def test_a_forward_that_asks_whether_it_is_compiled(device, launches):
+    norm, x = OtherwiseCompiled().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm)
+    torch.testing.assert_close(norm(x), original_of(norm)(x))
+    assert launches
+    assert torch.equal(torch.compile(norm, backend="eager", fullgraph=True)(x), x)
     torch._dynamo.reset()
 
 

@@ -225,6 +225,11 @@ OTHERS = {
     "weight detached": (norm_of(lambda self, x: self.weight.detach() * (x.float() * rstd(x, self.eps)).to(x.dtype)), "gradient", True),
     "over rows": (norm_of(scaled_by(lambda self, x: torch.rsqrt(x.pow(2).mean() + self.eps))), "no RMS norm", False),
     "part of the columns": (norm_of(scaled_by(lambda self, x: rstd(x[..., :63], self.eps))), "no RMS norm", False),
+    "other without gradients": (
+        norm_of(lambda self, x: rounded(self, x) if torch.is_grad_enabled() else x),
+        "does not depend on its eps",
+        False,
+    ),
     "dropout": (norm_of(lambda self, x: F.dropout(rounded(self, x), 0.1, self.training)), "draws random numbers", False),
     "NaN replaced": (norm_of(lambda self, x: rounded(self, x).nan_to_num()), "no RMS norm", False),
     "in place": (norm_of(in_place), "changes its input", False),

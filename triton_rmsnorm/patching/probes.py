@@ -131,7 +131,7 @@ class Subject:
         before = _state(copied)
         versions = [t._version for t in inputs]
         try:
-            with self.calls, self.operators:
+            with self.calls, self.operators, torch.set_grad_enabled(probe.training or probe.x.requires_grad):
                 actual = self.cls.forward(copied, *inputs)
         except LeftAloneError:
             raise

@@ -120,6 +120,7 @@ class Proof:
             semantics,
             self.subject.weight if semantics.scaled else None,
             eps,
+            self._value({}, eps) is None,
             len(self.shape),
             None if self._takes_other_shapes(semantics, eps) else self.shape,
             self._outer_dims(),

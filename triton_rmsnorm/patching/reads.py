@@ -25,6 +25,7 @@ from triton_rmsnorm.patching.subclass import is_derived
 _TRUSTED = sys.stdlib_module_names | {"numpy", "torch", "triton", "triton_rmsnorm"}
 # Code with one of these names may read any attribute.
 _REFLECTION = {"__dict__", "__getattribute__", "attrgetter", "eval", "exec", "getattr", "globals", "locals", "vars"}
+_COMPILING = {"is_compiling", "is_dynamo_compiling", "is_exporting"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 # Methods that run wherever an attribute is read.
 _HOOKS = {"__getattr__", "__getattribute__"}
@@ -44,6 +45,7 @@ class Reads:
             globals: the Python module or "" for the nn.Module, the path of attributes, and the value at the time of the proof.
         code: a digest of the code that was followed, and of constants that it is bound to.
         autocast: whether the code mentions autocast.
+        compiling: whether the code asks if it is compiled.
     """
 
     names: frozenset[str] = frozenset()
@@ -51,6 +53,7 @@ class Reads:
     values: tuple[tuple[str, tuple[str, ...], Hashable], ...] = ()
     code: str = ""
     autocast: bool = False
+    compiling: bool = False
 
     def reads(self, name: str) -> bool:
         """Whether the forward may read this attribute of the module."""
@@ -81,7 +84,8 @@ def reads(module: nn.Module, submodules: bool = True) -> Reads | None:
         return None
     autocast = any("autocast" in name or name in ("custom_fwd", "custom_bwd") for name in walk.names)
     values = tuple((root, path, value) for (root, path), value in sorted(walk.values.items(), key=lambda item: item[0]))
-    return Reads(frozenset(walk.names), bool(walk.names & _REFLECTION), values, walk.digest.hexdigest(), autocast)
+    compiling = not _COMPILING.isdisjoint(walk.names)
+    return Reads(frozenset(walk.names), bool(walk.names & _REFLECTION), values, walk.digest.hexdigest(), autocast, compiling)
 
 
 def is_plain(value: Any) -> bool:

@@ -149,7 +149,12 @@ def _covers(module: nn.Module, norm: Norm, x: Any, weight: Tensor | None, gate: 
         return False
     if torch._C._get_tracing_state() is not None or _autocast(norm, x) == "other":
         return False
-    return not (isinstance(norm.eps, str) and torch.compiler.is_compiling() and isinstance(_epsilon(module, norm), Tensor))
+    eps = _epsilon(module, norm)
+    if torch.compiler.is_compiling() and (norm.reads.compiling or isinstance(eps, Tensor)):
+        return False
+    if isinstance(eps, Tensor):
+        return eps.numel() == 1 and not eps.requires_grad
+    return isinstance(eps, (float, int)) or (eps is None and norm.default_eps)
 
 
 def _fits(weight: Tensor, shape: torch.Size, dims: int) -> bool:

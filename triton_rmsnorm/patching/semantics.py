@@ -117,6 +117,7 @@ class Norm:
         semantics: what it computes.
         weight: the name of the attribute; None: it has no weight that is used.
         eps: the name of the attribute, with dots if it belongs to an object that is one; or the value.
+        default_eps: the attribute was None, for which it takes float32's machine epsilon.
         dims: trailing dimensions of the input that are normalized.
         shape: their sizes, if it takes no others or computes something else for others.
         outer_dims: how many other dimensions the input may have; None: any number.
@@ -129,6 +130,7 @@ class Norm:
     semantics: Semantics
     weight: str | None
     eps: str | float
+    default_eps: bool = False
     dims: int = 1
     shape: tuple[int, ...] | None = None
     outer_dims: tuple[int, ...] | None = None
