@@ -184,6 +184,25 @@ def test_compiled_before_the_change(device):
     torch._dynamo.reset()
 
 
+class Taking(Layer):
+    def forward(self, x, *more, scale=1.0, **named):
+        x = x + self.linear(x)
+        return scale * (x + self.norm(x))
+
+
+@pytest.mark.parametrize("option", ["fuse_residual", "recompute"])
+def test_the_forward_of_a_layer_is_replaced(option, device, monkeypatch):
+    """Also where it was compiled before."""
+    layer, x = Taking().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(layer, **{option: True})
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(x, scale=2.0), original_of(layer)(x, scale=2.0))
+    monkeypatch.setattr(Taking, "forward", lambda self, *arguments, **named: (arguments, named))
+    for one in (layer, compiled):
+        assert one(x, 1, scale=2.0, other=3) == ((x, 1), {"scale": 2.0, "other": 3})
+    torch._dynamo.reset()
+
+
 class OtherwiseCompiled(Norm):
     def forward(self, x):
         return x if torch.compiler.is_compiling() else super().forward(x)

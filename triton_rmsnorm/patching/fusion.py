@@ -16,7 +16,7 @@ from triton_rmsnorm.patching.reads import reads
 from triton_rmsnorm.patching.recognition import fingerprint
 from triton_rmsnorm.patching.replacement import add_and_normalize, is_replacement
 from triton_rmsnorm.patching.report import LeftAloneError, in_words
-from triton_rmsnorm.patching.source import ADD, codes_of, source_of
+from triton_rmsnorm.patching.source import ADD, REPLACED, codes_of, source_of
 from triton_rmsnorm.patching.subclass import Mark, derived, proof_of
 from triton_rmsnorm.patching.trial import try_out
 
@@ -43,7 +43,9 @@ def fused(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
             the class of the original does not allow this.
     """
     # The very name of the original: it is by name that wrapping policies and device maps know layers.
-    members = {ADD: staticmethod(add_and_normalize)}
+    own = original.forward
+    replaced = staticmethod(lambda: None if original.forward is own else original.forward)
+    members = {ADD: staticmethod(add_and_normalize), REPLACED: replaced}
     return derived(original, fusion, original.__name__, _forward, fused, lambda layer: True, _wrapped_as_the_original, **members)
 
 
@@ -79,7 +81,7 @@ def _tried(layer: nn.Module, names: set[str]) -> tuple[Fusion | None, str]:
     try:
         rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
         with isolated():
-            return Fusion(tuple(sorted(try_out(layer, names, rewritten, ADD)))), ""
+            return Fusion(tuple(sorted(try_out(layer, names, rewritten, ADD, REPLACED)))), ""
     except LeftAloneError as refused:
         return None, str(refused)
 

@@ -35,10 +35,8 @@ def recomputing(original: type[nn.Module], recomputation: Recomputation) -> type
 
 
 def _forward(mark: Mark) -> Callable:
-    run_original = mark.forward
-
     def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
         with recompute_norms():
-            return run_original(self, *args, **named)
+            return mark.original.forward(self, *args, **named)
 
-    return functools.wraps(run_original)(forward)
+    return functools.wraps(mark.forward)(forward)

@@ -12,6 +12,12 @@ become
     residual = hidden_states
     hidden_states = y
 
+and in front of all there is, in case that the forward of the original's class is replaced later,
+
+    y = self.<REPLACED>()
+    if y is not None:
+        return y(self, ...)
+
 Between the sum and the norm there may be only other names for the sum, and the norm must be the first thing that its statement computes, so
 that everything is computed in the order of the source.
 """
@@ -27,8 +33,8 @@ from functools import lru_cache
 
 from triton_rmsnorm.patching.report import LeftAloneError, in_words
 
-# Names in rewritten forwards: of what adds and normalizes, an attribute of self, and of a norm's output.
-ADD, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_y"
+# Names in rewritten forwards: of attributes of self, which add and normalize, and give another forward; and of a norm's output.
+ADD, REPLACED, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_replaced", "_triton_rmsnorm_y"
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Source:
         if self._compiled(tree) != self.code or codes[:-1] != codes_of(self.forward)[-len(codes) : -1]:
             raise LeftAloneError("its forward is not what its source says")
         _fuse([site for site in _sites(function, _addition) if site.norm in norms], function.args.args[0].arg)
+        function.body[:0] = _way_out(function.args)
         inner = inspect.unwrap(original)
         inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
         inner.__defaults__, inner.__kwdefaults__ = self.function.__defaults__, self.function.__kwdefaults__
@@ -255,6 +262,20 @@ def _fuse(sites: list[_Site], this: str) -> None:
         # The norm's output should live no longer than it did.
         if not isinstance(user, ast.Return) and all(user is not other.add for other in sites):
             site.block.insert(site.block.index(user) + 1, ast.copy_location(ast.Delete([ast.Name(_Y, ast.Del())]), user))
+
+
+def _way_out(arguments: ast.arguments) -> list[ast.stmt]:
+    """Calls another forward, with all arguments, if there is one."""
+    y = ast.Name(_Y, ast.Load())
+    passed: list[ast.expr] = [ast.Name(one.arg, ast.Load()) for one in (*arguments.posonlyargs, *arguments.args)]
+    named = [ast.keyword(one.arg, ast.Name(one.arg, ast.Load())) for one in arguments.kwonlyargs]
+    if arguments.vararg:
+        passed.append(ast.Starred(ast.Name(arguments.vararg.arg, ast.Load()), ast.Load()))
+    if arguments.kwarg:
+        named.append(ast.keyword(None, ast.Name(arguments.kwarg.arg, ast.Load())))
+    find = ast.Assign([ast.Name(_Y, ast.Store())], ast.Call(_attribute(arguments.args[0].arg, REPLACED), [], []))
+    is_there = ast.Compare(y, [ast.IsNot()], [ast.Constant(None)])
+    return [find, ast.If(is_there, [ast.Return(ast.Call(y, passed, named))], [])]
 
 
 def _attribute(this: str, name: str) -> ast.Attribute:

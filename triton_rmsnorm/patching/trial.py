@@ -48,7 +48,7 @@ class _Output(Tensor):
         return iter(self.as_subclass(Tensor))
 
 
-def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) -> set[str]:
+def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str, replaced: str) -> set[str]:
     """The norms among `names` that the trial went through, sum and all. It is first tried with few columns, which may not fit.
 
     Args:
@@ -56,6 +56,7 @@ def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) ->
         names: of its fused norms.
         rewritten: another forward for it; decorators of both are left out.
         add: what that calls for a sum and a norm, an attribute of self.
+        replaced: what that calls to find another forward, likewise.
 
     Raises:
         LeftAloneError: forward does not run, the two differ, or none of the norms is reached.
@@ -63,11 +64,11 @@ def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str) ->
     shape = _normalized(layer.get_submodule(min(names)))
     if len(shape) == 1 and shape[0] > FEW_COLUMNS:
         with suppress(LeftAloneError):
-            return _try_out(_Trial(layer, names, shape, (FEW_COLUMNS,)), names, rewritten, add)
-    return _try_out(_Trial(layer, names, shape, shape), names, rewritten, add)
+            return _try_out(_Trial(layer, names, shape, (FEW_COLUMNS,)), names, rewritten, add, replaced)
+    return _try_out(_Trial(layer, names, shape, shape), names, rewritten, add, replaced)
 
 
-def _try_out(trial: "_Trial", names: set[str], rewritten: Callable, add: str) -> set[str]:
+def _try_out(trial: "_Trial", names: set[str], rewritten: Callable, add: str, replaced: str) -> set[str]:
     original = inspect.unwrap(type(trial.layer).forward)
     name_of = {id(trial.layer._modules[name]): name for name in names}
     seen: set[str] = set()
@@ -76,7 +77,7 @@ def _try_out(trial: "_Trial", names: set[str], rewritten: Callable, add: str) ->
         seen.add(name_of[id(norm)])
         return add_and_normalize(x, residual, norm)
 
-    vars(trial.layer)[add] = see
+    vars(trial.layer).update({add: see, replaced: lambda: None})
     failure = ""
     for filled, training in itertools.product((False, True), (False, True)):
         if seen == names and not training:
