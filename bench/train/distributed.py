@@ -26,12 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +34,7 @@ from bench.train.job import SEED, Job, batches
 from bench.train.providers import CONTROL, control
 from bench.train.run import Run, agrees, largest_difference, tolerance, train
 
+EPS = 1e-6
 JOB = Job(
     {"dim": 64, "layers": 2, "heads": 4, "vocabulary": 64},
     seq_len=32,
@@ -54,10 +50,10 @@ JOB = Job(
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, dim: int, heads: int, norm: Callable[[int], nn.Module]):
+    def __init__(self, dim: int, heads: int, norm: type[nn.RMSNorm]):
         super().__init__()
         self.head_dim = dim // heads
-        self.attention_norm, self.feed_forward_norm = norm(dim), norm(dim)
+        self.attention_norm, self.feed_forward_norm = norm(dim, EPS), norm(dim, EPS)
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         self.up, self.down = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(3 * dim, dim, bias=False)
 
@@ -76,12 +72,12 @@ class Output(NamedTuple):
 class Decoder(nn.Module):
     """Tokens [batch, seq_len] -> the mean loss of each next token."""
 
-    def __init__(self, sizes: dict[str, int], norm: Callable[[int], nn.Module]):
+    def __init__(self, sizes: dict[str, int], norm: type[nn.RMSNorm]):
         super().__init__()
         dim, vocabulary = sizes["dim"], sizes["vocabulary"]
         self.embedding = nn.Embedding(vocabulary, dim)
         self.blocks = nn.ModuleList(Block(dim, sizes["heads"], norm) for _ in range(sizes["layers"]))
-        self.norm = norm(dim)
+        self.norm = norm(dim, EPS)
         self.head = nn.Linear(dim, vocabulary, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
@@ -107,21 +103,15 @@ def fsdp(model: Decoder, job: Job, mesh: DeviceMesh) -> nn.Module:
 
 def tp(model: Decoder, job: Job, mesh: DeviceMesh) -> nn.Module:
     """Between the matrices, tensors are sharded over the sequence (dim 1); norms keep a whole weight on each device."""
-    gathered = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False)
-    outer = {
-        "embedding": gathered,
-        "norm": SequenceParallel(),
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
-    norm = SequenceParallel()
-    split = ColwiseParallel(input_layouts=Shard(1))
+    plan |= dict.fromkeys(("norm", "blocks.*.attention_norm", "blocks.*.feed_forward_norm"), SequenceParallel())
+    plan |= dict.fromkeys((f"blocks.*.{name}" for name in ("q", "k", "v", "up")), ColwiseParallel(input_layouts=Shard(1)))
     joined = RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
-    inner = {"attention_norm": norm, "feed_forward_norm": norm}
-    inner |= dict.fromkeys(("q", "k", "v", "up"), split) | dict.fromkeys(("o", "down"), joined)
-    parallelize_module(model, mesh["tp"], outer)
-    for block in model.blocks:
-        parallelize_module(block, mesh["tp"], inner)
-    return model
+    plan |= dict.fromkeys(("blocks.*.o", "blocks.*.down"), joined)
+    return parallelize_module(model, mesh["tp"], plan)
 
 
 PARALLEL: dict[str, Callable[[Decoder, Job, DeviceMesh], nn.Module]] = {
@@ -133,21 +123,17 @@ PARALLEL: dict[str, Callable[[Decoder, Job, DeviceMesh], nn.Module]] = {
 
 
 def torchs(job: Job) -> Decoder:
-    return Decoder(job.sizes, lambda dim: nn.RMSNorm(dim, eps=1e-6))
+    return Decoder(job.sizes, nn.RMSNorm)
 
 
 def ours(job: Job) -> Decoder:
     from triton_rmsnorm import RMSNorm
 
-    return Decoder(job.sizes, lambda dim: RMSNorm(dim, eps=1e-6))
+    return Decoder(job.sizes, RMSNorm)
 
 
 BASELINE = "torch"
-PROVIDERS: dict[str, Callable[[Job], nn.Module]] = {
-    BASELINE: torchs,
-    CONTROL: lambda job: control(torchs(job), job.dtype),
-    "ours": ours,
-}
+PROVIDERS: dict[str, Callable[[Job], nn.Module]] = {BASELINE: torchs, CONTROL: lambda job: control(torchs(job), job.dtype), "ours": ours}
 
 
 def new_mesh(job: Job) -> DeviceMesh:
