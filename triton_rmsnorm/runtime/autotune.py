@@ -138,27 +138,19 @@ def variants(config: Config, key: Key, device: Device) -> list[Config]:
 
 def neighbors(config: Config, key: Key, device: Device) -> list[Config]:
     """Configurations one step away from `config`."""
-    names = ["block_m", "num_warps", "num_ctas"] + (["programs"] if config.programs else [])
-    changes: list[dict[str, Any]] = [{name: value} for name in names for value in (getattr(config, name) // 2, getattr(config, name) * 2)]
-    changes += [
-        {"block_m": config.block_m * 2, "num_warps": config.num_warps * 2},
-        {"block_m": config.block_m // 2, "num_warps": config.num_warps // 2},
-        {"num_ctas": config.num_ctas * 2, "num_warps": config.num_warps // 2},
-        {"num_ctas": config.num_ctas // 2, "num_warps": config.num_warps * 2},
-        {"num_stages": config.num_stages - 1},
-        {"num_stages": config.num_stages + 1},
-    ]
+    doubled = [("block_m",), ("num_warps",), ("num_ctas",), ("block_m", "num_warps")]  # together; and halved
+    traded = [("num_ctas", "num_warps")]  # one doubled, the other halved; and the other way round
+    changes: list[dict[str, Any]] = [{"num_stages": config.num_stages - 1}, {"num_stages": config.num_stages + 1}]
     if config.programs:
-        changes += [
-            {"num_ctas": config.num_ctas * 2, "programs": config.programs // 2},
-            {"num_ctas": config.num_ctas // 2, "programs": config.programs * 2},
-            {"block_m": config.block_m // 2, "programs": config.programs * 2},
-            {"block_m": config.block_m * 2, "programs": config.programs // 2},
-            {"num_warps": config.num_warps // 2, "programs": config.programs * 2},
-            {"num_warps": config.num_warps * 2, "programs": config.programs // 2},
-        ]
+        doubled.append(("programs",))
+        traded += [("num_ctas", "programs"), ("block_m", "programs"), ("num_warps", "programs")]
     else:
         changes.append({"weight_first": not config.weight_first})
+    up, down = ({name: value * 2 // divisor for name, value in vars(config).items() if type(value) is int} for divisor in (1, 4))
+    for names in doubled:
+        changes += [{name: scaled[name] for name in names} for scaled in (down, up)]
+    for first, second in traded:
+        changes += [{first: up[first], second: down[second]}, {first: down[first], second: up[second]}]
     changes += [{"load_policy": policy} for policy in LOAD_POLICIES] + [{"store_policy": policy} for policy in STORE_POLICIES]
     return _changed(config, changes, key, device)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from math import gcd, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,8 +93,9 @@ def weight_strides(weight: Layout) -> tuple[int, ...]:
     return strides
 
 
-def readable(x: Tensor, spec: Spec) -> Tensor:
-    """x itself where its rows can be read in place, else a copy."""
-    if rows_in_place(Layout(x.shape, x.stride(), x.dtype, x.is_neg()), spec):
-        return x
-    return x.resolve_neg().contiguous()
+def readable(spec: Spec, weight: Tensor | None, *rows: Tensor | None) -> list[Any]:
+    """The weight and tensors of rows as the kernels can read them: themselves where they are, else copies."""
+    copies = [None if weight is None else weight.resolve_neg().contiguous()]
+    for x, key in zip(rows, keys_of(rows), strict=True):
+        copies.append(x if x is None or not key or rows_in_place(Layout(*key), spec) else x.resolve_neg().contiguous())
+    return copies

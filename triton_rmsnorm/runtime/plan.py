@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_rmsnorm.reference import BackwardInputs, Gradients, Inputs, InputTuple, Needs, OutputTuple, Spec, accumulation_dtype
+from triton_rmsnorm.reference import BackwardInputs, Gradients, InputTuple, Needs, OutputTuple, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import kernels, table
 from triton_rmsnorm.runtime.config import Config, Device, Key, analytic, reduction_config
 from triton_rmsnorm.runtime.launch import INTERPRETED, Launch, device_of, kept
@@ -29,7 +29,8 @@ def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> OutputTu
     x, weight, residual, gate = inputs
     plan = _forward_plan(spec, needs_rstd, x.device, *keys_of(inputs))
     if plan is None:
-        return forward(_readable_inputs(inputs, spec), spec, needs_rstd)
+        weight, x, residual, gate = readable(spec, weight, x, residual, gate)
+        return forward((x, weight, residual, gate), spec, needs_rstd)
     outputs: list[Any] = [None if new is None else new() for new in plan.outputs]
     y, rstd, residual_out = outputs
     if plan.launch is not None:
@@ -43,7 +44,7 @@ def output(u: Tensor, weight: Tensor | None, gate: Tensor | None, rstd: Tensor, 
     """y of a forward again, in its dtype and with the same bits, from what was normalized (x, or x + residual) and rstd."""
     plan = _output_plan(spec, u.device, rstd.dtype, dtype, *keys_of((u, weight, gate)))
     if plan is None:
-        u, weight, _, gate = _readable_inputs((u, weight, None, gate), spec)
+        weight, u, gate = readable(spec, weight, u, gate)
         return output(u, weight, gate, rstd, spec, dtype)
     y = plan.new()
     if plan.launch is not None:
@@ -57,7 +58,11 @@ def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = No
     dy, dresidual_out, x, weight, gate, rstd = given
     plan = _backward_plan(spec, needs, x.device, x_dtype or x.dtype, *keys_of(given[:5]))  # rstd is contiguous
     if plan is None:
-        return backward(_readable_backward_inputs(given, spec), spec, x_dtype, needs)
+        for gradient in (dy, dresidual_out):
+            if gradient is not None and gradient.layout is not torch.strided:
+                raise NotImplementedError(f"gradients must have layout torch.strided, got {gradient.layout}")
+        weight, dy, dresidual_out, x, gate = readable(spec, weight, dy, dresidual_out, x, gate)
+        return backward(BackwardInputs(dy, dresidual_out, x, weight, gate, rstd), spec, x_dtype, needs)
     buffers: list[Any] = [None if new is None else new() for new in plan.buffers]
     dx, dweight, dresidual, dgate, c1, dw_partial = buffers
     gradients = Gradients(dx, dweight, dresidual, dgate)
@@ -296,28 +301,3 @@ def _itemsize(*layouts: Layout | None) -> int:
 def _new(device: torch.device, *buffers: Layout | None) -> tuple[Buffer | None, ...]:
     """What allocates the buffers, prepared as far as possible."""
     return tuple(None if b is None else partial(torch.empty_strided, b.shape, b.strides, dtype=b.dtype, device=device) for b in buffers)
-
-
-def _readable_inputs(inputs: InputTuple, spec: Spec) -> Inputs:
-    x, weight, residual, gate = inputs
-    return Inputs(
-        readable(x, spec),
-        None if weight is None else weight.resolve_neg().contiguous(),
-        None if residual is None else readable(residual, spec),
-        None if gate is None else readable(gate, spec),
-    )
-
-
-def _readable_backward_inputs(given: BackwardInputs, spec: Spec) -> BackwardInputs:
-    dy, dresidual_out, x, weight, gate, rstd = given
-    for tensor in (dy, dresidual_out):
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise NotImplementedError(f"gradients must have layout torch.strided, got {tensor.layout}")
-    return BackwardInputs(
-        readable(dy, spec),
-        None if dresidual_out is None else readable(dresidual_out, spec),
-        readable(x, spec),
-        None if weight is None else weight.resolve_neg().contiguous(),
-        None if gate is None else readable(gate, spec),
-        rstd,
-    )
