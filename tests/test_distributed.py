@@ -36,13 +36,15 @@ CPU = torch.device("cpu")
 CHECKS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {}
 
 
-def check(function: Callable[[], None], *, worlds: tuple[int, ...] = (2, 4)):
-    CHECKS[function.__name__] = (function, worlds)
-    return function
-
-
 def check_on(*worlds: int):
-    return lambda function: check(function, worlds=worlds)
+    def noted(function: Callable[[], None]) -> Callable[[], None]:
+        CHECKS[function.__name__] = (function, worlds)
+        return function
+
+    return noted
+
+
+check = check_on(2, 4)
 
 
 @pytest.mark.slow
