@@ -570,11 +570,11 @@ def test_streams(device):
 
 
 def _stale(monkeypatch) -> None:
-    monkeypatch.setattr(recompute._Kept, "unpack", lambda self: self.tensor)
+    monkeypatch.setattr(recompute, "_kept", lambda tensor, version: tensor)
 
 
 def _wrong_view(monkeypatch) -> None:
-    monkeypatch.setattr(recompute._Later, "unpack", lambda self: self.recipe.y(self).flatten().view(self.layout[0]))
+    monkeypatch.setattr(recompute._Later, "__call__", lambda self: self.recipe.y(self).flatten().view(self.layout[0]))
 
 
 def _kept_twice(monkeypatch) -> None:

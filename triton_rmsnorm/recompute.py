@@ -10,7 +10,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,34 +79,18 @@ def remember(y: Tensor, saved: tuple[Tensor | None, ...], spec: Spec) -> "_Recip
     return recipe
 
 
-class _Kept(NamedTuple):
-    """A tensor that is saved as usual, with its version."""
-
-    tensor: Tensor
-    version: int
-
-    def unpack(self) -> Tensor:
-        tensor, version = self
-        if tensor._version != version:  # which autograd leaves to hooks, where there are any
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead"
-            )
-        return tensor
-
-
-class _KeptOutside(NamedTuple):
-    """A tensor that the outer hooks save: what they made of it, and how they restore it."""
-
-    value: Any
-    restore: Callable[[Any], Tensor]
-
-    def unpack(self) -> Tensor:
-        return self.restore(self.value)
+def _kept(tensor: Tensor, version: int) -> Tensor:
+    """A tensor that is saved as usual. Where there are hooks, autograd leaves the check of its version to them."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead"
+        )
+    return tensor
 
 
 class _Later:
-    """Stands for a saved tensor: y or a view of it, for one operation."""
+    """Stands for a saved tensor: y or a view of it, for one operation. Called, it gives the tensor."""
 
     def __init__(self, recipe: "_Recipe", view: Tensor):
         self.recipe = recipe
@@ -114,30 +99,30 @@ class _Later:
         with recipe.lock:
             recipe.users.add(self)
 
-    def unpack(self) -> Tensor:
+    def __call__(self) -> Tensor:
         return self.recipe.y(self).as_strided(*self.layout)
 
 
 class _Hooks:
-    """Saves recipes in place of norms' outputs, and everything else as the hooks outside of these do."""
+    """Saves recipes in place of norms' outputs, and everything else as the hooks outside of these do: each as what restores it."""
 
     def __init__(self, outer: tuple[Any, Any] | None):
         self.outer = outer
 
-    def pack(self, tensor: Tensor) -> "_Kept | _KeptOutside | _Later":
+    def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
         if type(tensor) is Tensor and tensor.layout is torch.strided:
             reference = getattr(tensor.untyped_storage(), "_triton_rmsnorm_recipe", None)
             recipe = None if reference is None else reference()
             if recipe is not None and recipe.describes(tensor):
                 return _Later(recipe, tensor)
         if self.outer is None:
-            return _Kept(tensor, tensor._version)
+            return partial(_kept, tensor, tensor._version)
         pack, unpack = self.outer
-        return _KeptOutside(pack(tensor), unpack)
+        return partial(unpack, pack(tensor))
 
     @staticmethod
-    def unpack(packed: "_Kept | _KeptOutside | _Later") -> Tensor:
-        return packed.unpack()
+    def unpack(restore: Callable[[], Tensor]) -> Tensor:
+        return restore()
 
 
 class _Recipe:
@@ -175,7 +160,7 @@ class _Recipe:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.no_grad(), torch.cuda.stream(self.stream):  # where the stream is None, this does nothing
-            u, weight, gate, rstd = (None if packed is None else packed.unpack() for packed in self.saved)
+            u, weight, gate, rstd = (None if restore is None else restore() for restore in self.saved)
             return plan.output(u, weight, gate, rstd, self.spec, self.dtype)  # type: ignore[arg-type] # u and rstd are always saved
 
     def _wait(self, y: Tensor) -> None:
