@@ -1,7 +1,6 @@
 """Residual adds taken into the norms that follow them: which layers, that nothing else changes, and what is left alone."""
 
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -237,17 +236,6 @@ def test_left_alone(layer, words):
     patch(layer(), strict=True, fuse_residual=True)  # it is no norm that was not replaced
 
 
-def test_closure():
-    factor = torch.ones(())
-
-    class Closure(Base):
-        def forward(self, hidden):
-            hidden = hidden + factor * self.attention(hidden)
-            return self.after(hidden)
-
-    assert "enclosing scope: factor" in reason(Closure())
-
-
 def test_the_source_is_gone_or_was_edited(tmp_path):
     file = tmp_path / "layer.py"
     text = "class OfAFile(Base):\n    def forward(self, x):\n        x = x + self.mlp(x)\n        return self.after(x)\n"
@@ -267,10 +255,6 @@ def test_wrapped_forward():
     Wrapped.forward.__wrapped__ = original
     assert "wrapped around its forward" in reason(Wrapped())
 
-    hooked = Layer()
-    hooked.forward = partial(Layer.forward, hooked)
-    assert "its forward was replaced: patch the model before that" in reason(hooked)
-
 
 def test_decorated():
     torch.manual_seed(0)
@@ -288,26 +272,22 @@ def test_decorated():
     assert model.forward.__wrapped__.__kwdefaults__ == {"scale": 2.0}
 
 
-@pytest.mark.parametrize(
-    "defect",
-    [
-        lambda x, residual, norm: (norm(x), x + residual),
-        lambda x, residual, norm: (norm(x + residual), residual),
-        lambda x, residual, norm: (norm(x + residual), (x + residual).detach()),
-        lambda x, residual, norm: (norm((x + residual).detach()), x + residual),
-        lambda x, residual, norm: (norm(x + residual) * 1.001, x + residual),
-        lambda x, residual, norm: (norm(x + residual), (x + residual).double()),
-    ],
-    ids=["norm of x", "no sum", "sum without gradient", "norm without gradient", "scaled", "dtype"],
-)
+DEFECTS = {
+    "norm of x": lambda x, residual, norm: (norm(x), x + residual),
+    "no sum": lambda x, residual, norm: (norm(x + residual), residual),
+    "sum without gradient": lambda x, residual, norm: (norm(x + residual), (x + residual).detach()),
+    "norm without gradient": lambda x, residual, norm: (norm((x + residual).detach()), x + residual),
+    "scaled": lambda x, residual, norm: (norm(x + residual) * 1.001, x + residual),
+    "dtype": lambda x, residual, norm: (norm(x + residual), (x + residual).double()),
+    "error": lambda x, residual, norm: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
 def test_trial_finds_defects(defect, monkeypatch):
-    monkeypatch.setattr(trial, "add_and_normalize", defect)
-    assert "computes something else on a trial" in reason(Layer())
-
-
-def test_trial_finds_failures(monkeypatch):
-    monkeypatch.setattr(trial, "add_and_normalize", lambda x, residual, norm: 1 / 0)
-    assert "fails on a trial: ZeroDivisionError" in reason(Layer())
+    monkeypatch.setattr(trial, "add_and_normalize", DEFECTS[defect])
+    words = "fails on a trial: ZeroDivisionError" if defect == "error" else "computes something else on a trial"
+    assert words in reason(Layer())
 
 
 def test_proofs_and_trials_leave_no_trace():

@@ -1,7 +1,6 @@
 """Recognition: each semantics is found and told from all others, what is something else is left alone, and nothing is touched."""
 
 import itertools
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -376,22 +375,12 @@ def test_attributes_that_have_no_hash():
 # --- the modes of the caller ---
 
 
-@contextmanager
-def default_dtype():
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 MODES = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "meta": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "fake": FakeTensorMode,
-    "default dtype": default_dtype,
 }
 
 
