@@ -28,9 +28,10 @@ def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False, 
     kernels: fp16, bf16 and fp32 input whose last dimensions are those of the weight; any other call runs the original forward. So does a
     norm from then on if an attribute is set that its forward may read, other than its weight and epsilon, which are looked up at each call.
 
-    Changes of classes, of their methods and of globals that the code of a forward names are followed, too. What it reads in other ways, such
-    as environment variables, and where it depends on sizes or on the device, is not; after such a change, unpatch and patch anew. The input
-    itself is kept for the backward: changing it in place after the call raises an error there, also where the original had kept a copy.
+    Changes of classes, of their methods and of globals that the code of a forward names are followed, too. What it reads in other ways,
+    such as environment variables, and where it depends on sizes or on the device, is not; after such a change, unpatch and patch anew. The
+    input itself is kept for the backward: changing it in place after the call raises an error there, also where the original had kept a
+    copy.
 
     If it raises, nothing has changed.
 
