@@ -1,6 +1,7 @@
 """torch.nn.RMSNorm's contract as torch itself tests it (OpInfo, ModuleInfo), and what programs do with a norm besides calling it."""
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -8,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+from processes import compiled
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from variants import BLOCKED, VARIANTS, N, every_function, id_of, leaves, torchs
 import triton_rmsnorm
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
 from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec, accumulation_dtype
+from triton_rmsnorm.runtime import launch
 from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
 
 OPINFO = next(op for op in op_db if op.name == "nn.functional.rms_norm" and not op.variant_test_name)
@@ -27,7 +30,6 @@ MODULEINFO = next(module for module in module_db if module.module_cls is torch.n
 REAL = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_floating_point), key=str)
 COMPLEX = sorted((dtype for dtype in OPINFO.dtypes if dtype.is_complex), key=str)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def eps_of(x: Tensor, eps: float | None) -> float:
@@ -85,17 +87,33 @@ def test_opinfo_errors(device):
                 function(sample.input, *sample.args, **sample.kwargs)
 
 
+def assert_alike(ours: RMSNorm, theirs: torch.nn.RMSNorm) -> None:
+    assert isinstance(ours, torch.nn.RMSNorm) and repr(ours) == repr(theirs) and ours.__constants__ == theirs.__constants__
+    assert [(k, v) for k, v in vars(ours).items() if k[0] != "_"] == [(k, v) for k, v in vars(theirs).items() if k[0] != "_"]
+    assert vars(ours).keys() == vars(theirs).keys()
+    for (name, our), (their_name, their) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert (name, our.shape, our.dtype, our.device) == (their_name, their.shape, their.dtype, their.device)
+        assert our.is_meta or torch.equal(our, their)
+
+
+def test_constructor():
+    assert inspect.signature(RMSNorm) == inspect.signature(torch.nn.RMSNorm)
+    assert inspect.signature(RMSNorm.forward) == inspect.signature(torch.nn.RMSNorm.forward)
+    for args, kwargs in ((((4, 16),), {"elementwise_affine": False}), (([4, 16], 1e-5), {}), ((64,), {"device": "meta"})):
+        assert_alike(RMSNorm(*args, **kwargs), torch.nn.RMSNorm(*args, **kwargs))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 def test_moduleinfo(dtype, training, device):
-    """Every constructor and input that torch tests its module with: repr, state, results and gradients."""
+    """Every constructor and input that torch tests its module with: attributes, repr, state, results and gradients."""
     inputs = MODULEINFO.module_inputs_func(MODULEINFO, device=device, dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 5
     for module_input in inputs:
         args, kwargs = module_input.constructor_input.args, module_input.constructor_input.kwargs
         ours = RMSNorm(*args, **kwargs, device=device, dtype=dtype).train(training)
         theirs = torch.nn.RMSNorm(*args, **kwargs, device=device, dtype=dtype).train(training)
-        assert repr(ours) == repr(theirs) and ours.training == theirs.training
+        assert_alike(ours, theirs)
         if ours.weight is not None:
             torch.nn.init.normal_(ours.weight)
             theirs.load_state_dict(ours.state_dict())
@@ -115,7 +133,7 @@ NUMBERS = {
     "infinite": lambda x: torch.where(torch.arange(x.shape[-1], device=x.device) == 3, torch.inf, x),
     "nan": lambda x: torch.where(torch.arange(x.shape[-1], device=x.device) == 3, torch.nan, x),
 }
-NUMBERED = [*product(DTYPES, (None, 0.0), (32,)), *product((torch.float32, torch.bfloat16), (None,), (max(BLOCKED),))]
+NUMBERED = [*product(DTYPES, (None, 0.0), (32,)), *product((torch.bfloat16,), (None,), (max(BLOCKED),))]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities in the interpreter
@@ -419,3 +437,23 @@ def test_plain_subclass_and_parameter(device):
         ours, theirs = rms_norm(value, (N,)), F.rms_norm(value, (N,))
         assert type(ours) is type(theirs)
         torch.testing.assert_close(ours, theirs)
+
+
+def run_on_the_cpu() -> None:
+    """Without TRITON_INTERPRET, CPU tensors are left to torch's own operator, bit for bit, and nothing is launched."""
+    assert not launch.INTERPRETED
+    spec = Spec((96,), 1e-6, group_size=32, weight_offset=1.0)
+    with launch.recorded() as launches:
+        for dtype, eps in product(DTYPES, (None, 1e-5)):
+            x, weight = draw((3, 5, 96), dtype), draw((96,), dtype)
+            ours, theirs = (trained(lambda x, w, f=f, eps=eps: f(x, (96,), w, eps), (x, weight)) for f in (rms_norm, F.rms_norm))
+            assert all(torch.equal(our, their) and our.dtype == their.dtype for our, their in zip(ours, theirs, strict=True))
+            grouped = rms_norm(x, (96,), weight, 1e-6, group_size=32, weight_offset=1.0)
+            assert torch.equal(grouped, reference.forward(Inputs(x, weight), spec).y)
+            assert torch.equal(RMSNorm(96, dtype=dtype)(x), torch.nn.RMSNorm(96, dtype=dtype)(x))
+    assert not launches
+
+
+@pytest.mark.slow
+def test_cpu_without_interpreter():
+    compiled(run_on_the_cpu)

@@ -163,11 +163,3 @@ def test_rows_are_found(problem):
             offsets += row % size * stride
             row = row // size
         assert torch.equal(offsets + row * ours[0], expected)
-
-
-def test_examples_of_merged_rows():
-    assert merge_rows((4, 5, 6), (30, 6, 1)) == ((), [(1,)])
-    assert merge_rows((4, 1, 6), (600, 7, 100)) == ((), [(100,)])
-    assert merge_rows((4, 5, 6), (30, 6, 1), (0, 0, 0)) == ((), [(1,), (0,)])
-    assert merge_rows((4, 5, 6), (30, 6, 1), (60, 12, 1)) == ((6,), [(6, 1), (12, 1)])
-    assert merge_rows((), ()) == ((), [(0,)])
