@@ -28,7 +28,7 @@ def record_of(results: list[dict]) -> dict:
     return json.loads(json.dumps({"metadata": METADATA, "results": results}))
 
 
-METADATA = records.metadata() | {"machine": "a machine"}
+METADATA = records.metadata()
 
 
 @pytest.fixture(scope="module")

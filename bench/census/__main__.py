@@ -22,11 +22,8 @@ The state_dict must not change in any bit.
 import argparse
 import json
 import os
-import platform
 import sys
 from pathlib import Path
-
-import torch
 
 from bench import records
 from bench.census.page import differences, page
@@ -56,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.page:
         record = json.loads((data or DATA).read_text())
     else:
-        metadata = records.metadata() | {"machine": _machine()}
+        metadata = records.metadata()
         results = run(args.types or model_types(), args.workers, metadata, (data or DATA).with_suffix(".part.jsonl"))
         record = {"metadata": metadata, "results": results}
         if data:
@@ -66,12 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         DATA.with_suffix(".md").write_text(text)
     print(text.partition("\n## ")[0] if data == DATA else text)
     return int(bool(differences(record["results"])))
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"Triton's interpreter, {os.cpu_count()} {platform.machine()} cores"
 
 
 if __name__ == "__main__":

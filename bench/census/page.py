@@ -53,6 +53,7 @@ def page(record: dict) -> str:
         "classes that are called RMS norms, or nearly are, and are left unchanged": len({name for name, *_ in left} - replaced_classes),
         "**differences beyond rounding**": f"**{len(wrong) or 'none'}**",
     }
+    machine = f"Triton's interpreter, {about['cpu']}" if about["gpu"] == "none" else about["gpu"]
     lines = [
         "# Every model type of transformers, patched",
         "",
@@ -62,7 +63,7 @@ def page(record: dict) -> str:
         "every model type and every class are in [hf_census.json](hf_census.json).",
         "",
         f"Written by `python -m bench.hf_census` on {about['date'][:10]}: transformers {about['transformers']}, torch {about['torch']}, "
-        f"Triton {about['triton']}, {about['machine']}.",
+        f"Triton {about['triton']}, {machine}.",
         "",
         *_table(("", "number"), summary.items()),
         "",

@@ -7,7 +7,7 @@
 All runs start from one seed and see the same batches. Two computations that differ only in rounding still drift apart in training; how
 far is shown by a third run, the control: Hugging Face's norms again, with every gamma moved to a neighbouring number. The losses of ours
 may differ from Hugging Face's by DRIFT times what the control's do. A provider that is not installed is listed as absent. One that fails or
-runs out of memory is listed as such, with what would fit; the others go on.
+runs out of memory is listed as such, with what to try; the others go on.
 
 Exit status: 0; 1 if ours was not measured or its losses differ too much.
 """
@@ -23,27 +23,9 @@ import torch
 
 from bench import records
 from bench.train import report
-from bench.train.job import CPU, PRESETS, TEXT, Job, device_name, interpreted, new_model, read_text
+from bench.train.job import PRESETS, TEXT, Job, device_name, interpreted, read_text
 from bench.train.providers import BASELINE, PROVIDERS, QUICK, RECOMPUTED
 from bench.train.run import DRIFT, Run, agrees, attempt, largest_difference, tolerance
-
-
-def unfit(job: Job) -> str:
-    """Why a tiny model of a type cannot be trained on text or shows nothing about norms; empty if it can and does."""
-    from bench.census.tiny_models import unknown
-    from triton_rmsnorm import patch
-
-    if reason := unknown(job.model):
-        return reason
-    tokens = torch.arange(32, 64)[None]  # bytes that text has
-    try:
-        model = new_model(replace(job, device=CPU))
-        loss = model(input_ids=tokens, labels=tokens).loss
-    except Exception as error:  # of any kind: it is the model's own code
-        return f"must be one that is trained on text and can be built small, but {job.model} raises {type(error).__name__}: {error}"
-    if loss is None:
-        return f"must be one that is trained on text, but {job.model} has no loss"
-    return "" if patch(model).replaced else f"must be one with RMS norms, but patch replaces nothing in {job.model}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,6 +51,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.dtype is not None:
         given["dtype"] = getattr(torch, args.dtype)
     if args.model is not None:
+        from bench.census.tiny_models import unknown
+
+        if reason := unknown(args.model):
+            parser.error(f"--model {reason}")
         if args.compare:
             parser.error("--model is for ours alone: every provider (--compare) is for Llamas")
         given |= {"model": args.model, "sizes": None}
@@ -80,7 +66,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.out = records.RESULTS if args.compare and device.type == "cuda" else Path("out/train")
     if not 2 <= args.job.seq_len <= len(read_text()):
         parser.error(f"--seq-len must be from 2 to {len(read_text())}, the bytes of the text, got {args.job.seq_len}")
-    args.error = parser.error
     return args
 
 
@@ -96,9 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     if job.device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)  # the interpreter has one, and a model that it can serve needs no more
-    if job.sizes is None and (reason := unfit(job)):
-        args.error(f"--model {reason}")
-
     about = report.about(job)
     parameters = about["model"]["parameters"]
     print(f"{job.model} of {parameters / 1e6:.3g} M parameters, {about['dtype']}, on {device_name(job.device)}")
