@@ -3,8 +3,10 @@
 `pytest -m gpu -n 8` runs these tests alone, in a few minutes. Without a GPU they are skipped.
 """
 
+import copy
 import gc
 from collections.abc import Iterator
+from statistics import median
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from triton_rmsnorm import patch, rms_norm
 from triton_rmsnorm.reference import Inputs, Spec
 from triton_rmsnorm.runtime import autotune, launch, table
 from triton_rmsnorm.runtime.config import Key
+from triton_rmsnorm.runtime.timing import time_interleaved
 from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
 
 pytestmark = [
@@ -332,6 +335,12 @@ def test_tuning_on_first_use(n, kind, tuned, searched, monkeypatch):
     assert not searched
 
 
+def test_times_do_not_depend_on_the_order():
+    x, out = torch.ones(2, 1 << 24, device="cuda")
+    times = time_interleaved([lambda: out.copy_(x)] * 4, 15, torch.ones(1 << 24, device="cuda"))
+    assert [median(us) for us in times] == pytest.approx([median(times[-1])] * 4, rel=0.03)
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["same_bits", "full"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_search_gives_its_memory_back(direction, full):
@@ -418,13 +427,12 @@ def test_a_patched_model_trains(fuse_residual, dtype):
         vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
     original = transformers.LlamaForCausalLM(config).to("cuda", dtype)
-    model = transformers.LlamaForCausalLM(config).to("cuda", dtype)
-    model.load_state_dict(original.state_dict())
+    model, control = copy.deepcopy(original), copy.deepcopy(original)
     assert patch(model, strict=True, fuse_residual=fuse_residual).replaced == 7
     tokens = torch.randint(128, (4, 64), device="cuda")
 
     def losses(model) -> list[float]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         found = []
         for _ in range(10):
             optimizer.zero_grad()
@@ -439,5 +447,11 @@ def test_a_patched_model_trains(fuse_residual, dtype):
         ours = losses(model)
     assert [sum(one.step == step for one in launches) for step in ("forward", "backward")] == [10 * 7] * 2
     assert ours[-1] < ours[0] - 1
-    assert ours == pytest.approx(losses(original), rel=2e-2 if dtype == BF16 else 1e-3)
+    with torch.no_grad():
+        for name, weight in control.named_parameters():
+            if "norm" in name:
+                weight *= 1 + torch.finfo(dtype).eps
+    theirs = losses(original)
+    moved = max(abs(one - other) for one, other in zip(losses(control), theirs, strict=True))  # by one rounding of each weight
+    assert ours == pytest.approx(theirs, rel=0, abs=max(2 * moved, 1e-3))
     assert all(not torch.equal(tensor, start[name]) for name, tensor in model.named_parameters() if name in start)
