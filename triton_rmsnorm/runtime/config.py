@@ -82,12 +82,15 @@ STORE_POLICIES = ("", ".cs", ".cg")  # streaming: first to be evicted; and past 
 FORWARD_CTA = 32768
 # Longer rows of 2 bytes per element are read twice, in blocks of columns. The second read comes from the L2 as long as the rows of all
 # programs fit into it (measured: 97 % for 16384 columns, where a tile per row reaches 95 %; 96 against 87 % for 32768; 82 against 78 % for
-# 65536). MI300X has 4 MB of L2 per 38 SMs, too little for the rows of 16384 columns that are in flight, and reads them once.
-REREAD_COLUMNS = 65536
-# All others take a cluster of thread blocks of 8192 columns, with 128 bytes per thread (measured: 71 % for 131072 columns of bf16).
+# 65536). With a gate, which is read once, 1024 threads are best (measured: 92 % for 16384 columns and 91 % for 32768, where a tile per row
+# reaches 84 and 86 %). MI300X has 4 MB of L2 per 38 SMs, too little for the rows of 16384 columns that are in flight, and reads them once.
+REREAD_COLUMNS = {"plain": 65536, "gate": 32768}
+# All others take a cluster of thread blocks of 8192 columns, with 128 bytes per thread (measured: 71 % for 131072 columns of bf16), or half
+# as many with a gate, so that 16 warps fit on an SM (compiled).
 CLUSTER_CTA = 8192
 # Backward. A tile has 4 KiB of x or one row, 16 elements per thread. An SM holds 16 KiB of x, and two more tiles are prefetched for each
-# program (measured: 95 to 97 % for up to 8192 columns of bf16, 96 to 99 % for fp32). A gate takes more registers: half as many elements.
+# program (measured: 95 to 97 % for up to 8192 columns of bf16, 96 to 99 % for fp32). A gate takes more registers: half as many elements,
+# and a weight that is loaded for each tile from 4096 columns on (measured: 160 against 164 µs at 4096 columns, 157 against 160 at 8192).
 BACKWARD_TILE_BYTES = 4096
 BACKWARD_SM_BYTES = 16384
 BACKWARD_STAGES = 3
@@ -132,8 +135,9 @@ def _interpreted(key: Key, device: Device) -> Config:
 def _forward(key: Key, device: Device) -> Config:
     columns, itemsize = next_power_of_2(key.n), _itemsize(key)
     registers = columns * max(1, itemsize // 4)
-    blocked = Config(1, 8192 if columns <= 32768 else 16384, min(1024, columns // 32) // device.warp_size)
-    if device.backend == "cuda" and key.kind == "plain" and itemsize == 2 and 16384 <= columns <= REREAD_COLUMNS:
+    gate = key.kind == "gate"
+    blocked = Config(1, 8192 if columns <= 32768 else 16384, min(1024, columns // (8 if gate else 32)) // device.warp_size)
+    if device.backend == "cuda" and itemsize == 2 and 16384 <= columns <= REREAD_COLUMNS.get(key.kind, 0):
         return blocked
     if registers <= FORWARD_CTA:
         threads = max(128, registers // (16 if registers <= 4096 else 32))
@@ -141,7 +145,7 @@ def _forward(key: Key, device: Device) -> Config:
     num_ctas = columns // CLUSTER_CTA
     if num_ctas > device.max_ctas:
         return blocked
-    return Config(1, columns, CLUSTER_CTA * itemsize // 128 // device.warp_size, num_ctas)
+    return Config(1, columns, CLUSTER_CTA * itemsize // (64 if gate else 128) // device.warp_size, num_ctas)
 
 
 def _backward(key: Key, device: Device) -> Config:
@@ -153,6 +157,7 @@ def _backward(key: Key, device: Device) -> Config:
         tile = block_m * columns
         if gate:
             threads, per_sm = (512, 1) if tile > 4096 else (128, 2) if tile > 1024 else (128, 4)
+            held = columns < 4096
         else:
             threads, per_sm = min(512, max(128, columns // 16)), max(1, BACKWARD_SM_BYTES // (tile * itemsize))
     else:
