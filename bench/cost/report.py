@@ -76,7 +76,7 @@ def about(record: dict) -> str:
 def picture(record: dict):
     """Bars of bytes moved and of bytes kept by the norms, for each model and provider."""
     shown = {model: rows for model, rows in by_model(record).items() if any("costs" in row for row in rows)}
-    figure = style.figure(10, 0.9 + 2.15 * len(shown))
+    figure = style.figure(9.6, 0.9 + 2.15 * len(shown))
     axes = figure.subplots(len(shown), 2, squeeze=False, sharex="col", width_ratios=(3, 2))
     unit = record["tokens"] * KB
     for (moved_axes, kept_axes), (model, rows) in zip(axes, shown.items(), strict=True):
