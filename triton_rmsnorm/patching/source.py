@@ -26,6 +26,7 @@ import __future__
 
 import ast
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class _Site:
     """A sum and the norm of it."""
 
     norm: str
+    written: str  # how the sum is written if it cannot be rewritten
     block: list[ast.stmt]
     add: ast.stmt
     call: ast.Call  # of the norm
@@ -62,15 +64,15 @@ class Source:
         except (OSError, TypeError):
             raise LeftAloneError("the source of its forward is not there") from None
         function = self._parsed()[1]
-        self.norms = {site.norm for site in _sites(function, _addition)}  # submodules that are called with a sum right after it
-        self.others = {site.norm: type(site.add) for site in _sites(function, _other_addition)}  # with one that is written otherwise
-        statements = [statement for block in _blocks(function) for statement in block]
-        self.adds = any(name in _names(parts) for name, *parts in filter(None, map(_addition, statements)))
+        sites = _sites(function)
+        self.norms = {site.norm for site in sites if not site.written}  # submodules that are called with a sum right after it
+        self.others = {site.norm: site.written for site in sites if site.written}  # with one that cannot be rewritten
+        self.adds = any(map(_adds, itertools.chain(*_blocks(function))))
 
     def reason(self, norms: set[str]) -> str:
         """Why no sum is fused with these norms; "" if there is none."""
         if others := sorted(norms & self.others.keys()):
-            return f"the sum before {others[0]} is {_WRITTEN[self.others[others[0]]]}"
+            return f"the sum before {others[0]} is {self.others[others[0]]}"
         return "no sum goes straight into a replaced norm" if self.adds else ""
 
     def rewritten(self, norms: tuple[str, ...]) -> Callable:
@@ -82,7 +84,7 @@ class Source:
         codes = codes_of(original)
         if self._compiled(tree) != self.code or codes[:-1] != codes_of(self.forward)[-len(codes) : -1]:
             raise LeftAloneError("its forward is not what its source says")
-        _fuse([site for site in _sites(function, _addition) if site.norm in norms], function.args.args[0].arg)
+        _fuse([site for site in _sites(function) if site.norm in norms and not site.written], function.args.args[0].arg)
         function.body[:0] = _way_out(function.args)
         inner = inspect.unwrap(original)
         inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
@@ -147,19 +149,15 @@ def _first_line(function: ast.FunctionDef) -> int:
     return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
 
 
-_Addition = tuple[str, ast.expr, ast.expr]
-
-
-def _sites(function: ast.FunctionDef, addition: Callable[[ast.stmt], _Addition | None]) -> list[_Site]:
-    """Sums, of the kind that `addition` finds, and the norms of them."""
+def _sites(function: ast.FunctionDef) -> list[_Site]:
+    """Sums and the norms of them."""
     if not function.args.args:
         return []
     this = function.args.args[0].arg
     if any(isinstance(node, ast.Name) and node.id == this and not isinstance(node.ctx, ast.Load) for node in ast.walk(function)):
         return []
-    sums = ((block, index, addition(statement)) for block in _blocks(function) for index, statement in enumerate(block))
-    found = (_site(block, index, this, sum_[0]) for block, index, sum_ in sums if sum_ is not None)
-    return [site for site in found if site is not None]
+    places = ((block, index) for block in _blocks(function) for index in range(len(block)))
+    return [site for block, index in places if (site := _site(block, index, this)) is not None]
 
 
 def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -174,42 +172,35 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield from _blocks(child)
 
 
-def _addition(statement: ast.stmt) -> _Addition | None:
-    """name, left and right of `name = left + right`."""
+def _sum(statement: ast.stmt) -> tuple[str, list[ast.expr], str] | None:
+    """The name and the operands of a sum that gets a name, and how it is written if it cannot be rewritten."""
     match statement:
         case ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp(left, ast.Add(), right)):
-            return name, left, right
-    return None
-
-
-def _other_addition(statement: ast.stmt) -> _Addition | None:
-    """The same of sums that are written in ways that are not rewritten."""
-    match statement:
+            return name, [left, right], ""
         case ast.AugAssign(ast.Name(id=name) as left, ast.Add(), right):
-            return name, left, right
+            return name, [left, right], "written as `x += ...`, which changes a tensor that may have other names"
         case ast.AnnAssign(target=ast.Name(id=name), value=ast.BinOp(left, ast.Add(), right)):
-            return name, left, right
+            return name, [left, right], "an assignment with an annotation"
         case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
             for target, value in zip(names, values, strict=False):
                 match target, value:
                     case ast.Name(id=name), ast.BinOp(left, ast.Add(), right):
-                        return name, left, right
+                        return name, [left, right], "one of several values of an assignment"
     return None
 
 
-_WRITTEN: dict[type, str] = {
-    ast.AugAssign: "written as `x += ...`, which changes a tensor that may have other names",
-    ast.AnnAssign: "an assignment with an annotation",
-    ast.Assign: "one of several values of an assignment",
-}
+def _adds(statement: ast.stmt) -> bool:
+    """Whether something is added to a variable."""
+    name, operands, written = _sum(statement) or ("", [], "")
+    return not written and any(isinstance(one, ast.Name) and one.id == name for one in operands)
 
 
-def _names(expressions: list[ast.expr]) -> set[str]:
-    return {expression.id for expression in expressions if isinstance(expression, ast.Name)}
-
-
-def _site(block: list[ast.stmt], index: int, this: str, name: str) -> _Site | None:
-    """The site whose sum, called `name`, is statement `index` of `block`."""
+def _site(block: list[ast.stmt], index: int, this: str) -> _Site | None:
+    """The site whose sum is statement `index` of `block`, if that is one."""
+    found = _sum(block[index])
+    if found is None:
+        return None
+    name, _, written = found
     names = {name}
     for statement in block[index + 1 :]:
         match statement:
@@ -219,7 +210,7 @@ def _site(block: list[ast.stmt], index: int, this: str, name: str) -> _Site | No
                 match _first(value):
                     case ast.Call(ast.Attribute(ast.Name(id=owner), norm), [ast.Name(id=name)], []) as call:
                         if owner == this and name in names:
-                            return _Site(norm, block, block[index], call, statement)
+                            return _Site(norm, written, block, block[index], call, statement)
                 return None
             case _:
                 return None
