@@ -42,11 +42,11 @@ def fused(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
         LeftAloneError: the source of original.forward is not there, or has no such sums, as on a machine with another version of it; or
             the class of the original does not allow this.
     """
-    # The very name of the original: it is by name that wrapping policies and device maps know layers.
     own = original.forward
     replaced = staticmethod(lambda: None if original.forward is own else original.forward)
     members = {ADD: staticmethod(add_and_normalize), REPLACED: replaced}
-    return derived(original, fusion, original.__name__, _forward, fused, lambda layer: True, _wrapped_as_the_original, **members)
+    # The very name of the original: it is by name that wrapping policies and device maps know layers.
+    return derived(original, fusion, original.__name__, _forward, fused, members, finish=_wrapped_as_the_original)
 
 
 def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:

@@ -25,13 +25,9 @@ def recomputing(original: type[nn.Module], recomputation: Recomputation) -> type
     Raises:
         LeftAloneError: the class of the original does not allow this.
     """
-
-    def finish(cls: type) -> None:
-        # Transformers finds what a model can return, hidden states for example, by the name of its class.
-        type.__setattr__(cls, "__module__", original.__module__)
-        type.__setattr__(cls, "__qualname__", original.__qualname__)
-
-    return derived(original, recomputation, original.__name__, _forward, recomputing, lambda model: True, finish)
+    # Transformers finds what a model can return, hidden states for example, by the name of its class.
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return derived(original, recomputation, original.__name__, _forward, recomputing, names)
 
 
 def _forward(mark: Mark) -> Callable:

@@ -33,7 +33,7 @@ def replacement(original: type[nn.Module], norm: Norm) -> type[nn.Module]:
 
     # Code that reads class names, such as an initialization of weights, finds the original's.
     name = f"Triton{original.__name__}"
-    return derived(original, norm, name, _forward, replacement, holds, **_watching(original, norm))
+    return derived(original, norm, name, _forward, replacement, _watching(original, norm), holds)
 
 
 def replaced_forward(original: type[nn.Module], norm: Norm) -> Callable:

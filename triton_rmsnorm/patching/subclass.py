@@ -44,9 +44,9 @@ def derived(
     name: str,
     forward: Callable[[Mark], Callable],
     derive: Callable,
-    holds: Callable[[nn.Module], bool],
+    members: dict[str, Any],
+    holds: Callable[[nn.Module], bool] = lambda module: True,
     finish: Callable[[type], None] = lambda cls: None,
-    **members: Any,
 ) -> type[nn.Module]:
     """The subclass of `original` for a proof. There is one for each pair, until the original's forward is replaced.
 
@@ -56,8 +56,8 @@ def derived(
         name: of the class.
         forward: gives its forward for its mark.
         derive, holds: as in Mark.
-        finish: called with the class before it is used; may raise.
         members: other attributes of the class.
+        finish: called with the class before it is used; may raise.
 
     Raises:
         LeftAloneError: the class of the original does not allow this.
@@ -68,8 +68,9 @@ def derived(
             if mark is not None and mark.proof == proof and mark.forward is original.forward:
                 return subclass
         mark = Mark(original, proof, derive, holds)
-        members |= {"forward": forward(mark), "__reduce_ex__": _reduce_ex, "__setstate__": _setstate, "__doc__": original.__doc__}
-        mark.cls = cls = _subclass(original, name, members | {"__module__": derive.__module__})
+        pickled = {"__reduce_ex__": _reduce_ex, "__setstate__": _setstate, "__module__": derive.__module__}
+        members = {"forward": forward(mark), "__doc__": original.__doc__, **pickled, **members}
+        mark.cls = cls = _subclass(original, name, members)
         finish(cls)
         type.__setattr__(cls, "_triton_rmsnorm", mark)  # by which it is found
         return cls
