@@ -16,6 +16,7 @@ from bench.audit.compile import TARGETS, Kernel, compile_for
 from bench.audit.machine import accesses, narrow_products, work
 from bench.audit.record import DEVICES, depends_on_rows, launches, tensors
 from bench.audit.rows import Row, audit, problems
+from bench.audit.traffic import Traffic, count, traffic
 from bench.problem import VARIANTS, Problem
 from triton_rmsnorm.runtime import launch, plan, table
 from triton_rmsnorm.runtime.config import SM_90, Config, Device
@@ -44,7 +45,8 @@ KERNEL = Kernel(
     narrow_products=[],
 )
 SIZE = PLAIN.bytes + PLAIN.rstd_bytes
-ROW = Row("sm_90", PLAIN, "", [KERNEL], False, {"X": SIZE // 2, "W": 5000}, {"Y": SIZE // 2}, {"W": 5000}, {"X": 1.0})
+TRAFFIC = Traffic({"X": SIZE // 2, "W": 5000}, {"Y": SIZE // 2}, {"W": 5000}, {"X": 1.0})
+ROW = Row("sm_90", PLAIN, "", [KERNEL], False, TRAFFIC)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ newest = pytest.mark.skipif(not launch.CLUSTERS, reason="Triton before 3.9 compi
 def test_rules_hold(rows):
     assert not [f"{row.key}: {rule}" for row in rows for rule in rules.broken(row)]
     assert {row.target for row in rows} == set(DEVICES) and {row.problem.variant for row in rows} == set(VARIANTS)
-    assert all(row.main and row.loaded and row.stored for row in rows)
+    assert all(row.main and row.traffic.loaded and row.traffic.stored for row in rows)
 
 
 @pytest.mark.slow
@@ -97,8 +99,8 @@ DEFECTS = {
     "takes 1048576 bytes of shared memory": with_kernel(BACK, shared=1 << 20),
     "has 32-bit offsets: arith.muli": with_kernel(BACK, narrow_products=["arith.muli %1, %2 : i32"]),
     "does not compile": ROW._replace(error="does not compile: no"),
-    "X is read 2.000 times": BACK._replace(reads={"X": 2.0}),
-    "moves 1.0300 of the minimum, more than 1.02": ROW._replace(stored={"Y": SIZE * 53 // 100}),
+    "X is read 2.000 times": BACK._replace(traffic=TRAFFIC._replace(reads={"X": 2.0})),
+    "moves 1.0300 of the minimum, more than 1.02": ROW._replace(traffic=TRAFFIC._replace(stored={"Y": SIZE * 53 // 100})),
     "depends on the number of rows": ROW._replace(depends_on_rows=True),
     # On sm_90, a tile of 4096 columns and 4 warps is 32 elements per thread.
     "has 20 warps per SM, not 24": with_kernel(FLAT, resident=5),
@@ -121,7 +123,7 @@ def test_rows_without_defects():
 
 def test_rows_that_are_read_again_from_the_cache():
     """In the forward, if the rows of all resident programs fit into the L2; else they come from memory."""
-    again = ROW._replace(loaded=ROW.loaded | {"X": SIZE}, reads={"X": 2.0})
+    again = ROW._replace(traffic=TRAFFIC._replace(loaded={"X": SIZE, "W": 5000}, reads={"X": 2.0}))
     assert rules.broken(again) == [] and again.cache == SIZE // 2 + 5000 and again.memory == ROW.memory
     crowded = again._replace(kernels=[KERNEL._replace(resident=100)])
     assert crowded.cache == 5000
@@ -131,9 +133,9 @@ def test_rows_that_are_read_again_from_the_cache():
 def test_a_backward_may_move_five_percent():
     problem = BACKWARD._replace(n=8192)
     size = problem.bytes + problem.rstd_bytes
-    row = ROW._replace(problem=problem, loaded={"X": size // 2}, stored={"Y": size * 54 // 100}, cached={})
-    assert rules.broken(row) == []
-    assert len(rules.broken(row._replace(stored={"Y": size * 56 // 100}))) == 1
+    for part, wrong in ((54, 0), (56, 1)):
+        moved = Traffic({"X": size // 2}, {"Y": size * part // 100}, {}, {"X": 1.0})
+        assert len(rules.broken(ROW._replace(problem=problem, traffic=moved))) == wrong
 
 
 def test_exceptions_are_no_wider_than_said():
@@ -296,8 +298,6 @@ SMALL = Device("small", "cuda", num_sms=2, shared_memory=SM_90.shared_memory)
 @needs_interpreter
 @pytest.mark.parametrize(("variant", "n"), [("plain", 96), ("plain", 17000), ("groups", 96), ("residual_fp32", 1000), ("gate_first", 1000)])
 def test_bytes_of_all_rows_follow_from_those_of_two_tiles(variant, n):
-    from bench.audit.traffic import count, traffic
-
     for direction in ("forward", "backward"):
         problem = Problem(1, n, direction, variant)
         problem = problem._replace(m=5 * launches(problem, SMALL)[0].launch.values["BLOCK_M"])  # not as many tiles for each program
@@ -311,8 +311,6 @@ def test_bytes_of_all_rows_follow_from_those_of_two_tiles(variant, n):
 @needs_interpreter
 def test_a_second_read_is_counted(monkeypatch):
     """Of rows it is memory traffic, of the weight it is not."""
-    from bench.audit.traffic import traffic
-
     for problem in (PLAIN, BACKWARD):
         found = traffic(problem, DEVICES["sm_90"])
         assert set(found.reads.values()) == {1}

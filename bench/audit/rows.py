@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from bench.audit.compile import TARGETS, Kernel, inspect
 from bench.audit.record import depends_on_rows, launches
+from bench.audit.traffic import Traffic, traffic
 from bench.problem import GRID, VARIANTS, Problem
 
 ROWS = 8192
@@ -58,10 +59,7 @@ class Row(NamedTuple):
     error: str  # why it does not compile, or ""
     kernels: list[Kernel]
     depends_on_rows: bool
-    loaded: dict[str, int]  # bytes by the name of a kernel's pointer
-    stored: dict[str, int]
-    cached: dict[str, int]  # bytes of `loaded` that the L2 serves: what is not rows and read again
-    reads: dict[str, float]  # how many times each input of rows is read
+    traffic: Traffic
 
     @property
     def key(self) -> str:
@@ -75,13 +73,14 @@ class Row(NamedTuple):
     @property
     def memory(self) -> int:
         """Bytes that come from memory or go there."""
-        return sum(self.loaded.values()) + sum(self.stored.values()) - self.cache
+        return sum(self.traffic.loaded.values()) + sum(self.traffic.stored.values()) - self.cache
 
     @property
     def cache(self) -> int:
         """Bytes that the L2 serves."""
-        again = sum(self.loaded[name] * (1 - 1 / times) for name, times in self.reads.items()) if self.reads_from_cache else 0
-        return sum(self.cached.values()) + round(again)
+        loaded, reads = self.traffic.loaded, self.traffic.reads
+        again = sum(loaded[name] * (1 - 1 / times) for name, times in reads.items()) if self.reads_from_cache else 0
+        return sum(self.traffic.cached.values()) + round(again)
 
     @property
     def reads_from_cache(self) -> bool:
@@ -89,7 +88,7 @@ class Row(NamedTuple):
         if self.main is None or self.problem.direction != "forward":
             return False
         target = TARGETS[self.target]
-        row_bytes = sum(self.loaded[name] / times for name, times in self.reads.items()) / self.problem.m
+        row_bytes = sum(self.traffic.loaded[name] / times for name, times in self.traffic.reads.items()) / self.problem.m
         return self.main.resident * self.main.block_m * target.device.num_sms * row_bytes <= target.l2
 
     @property
@@ -103,7 +102,7 @@ def audit(problems: Sequence[Problem], targets: Sequence[str] = tuple(TARGETS), 
     tasks = [(target, problem) for problem in problems for target in targets]  # targets of a problem share what is interpreted
     compiled = in_processes(_compile, tasks, jobs, "compiling", TRITON_INTERPRET=None)
     counted = in_processes(_count, tasks, jobs, "counting bytes", TRITON_INTERPRET="1")
-    rows = [Row(*task, *first, *second) for task, first, second in zip(tasks, compiled, counted, strict=True)]
+    rows = [Row(*task, *first, second) for task, first, second in zip(tasks, compiled, counted, strict=True)]
     return sorted(rows, key=lambda row: list(targets).index(row.target))
 
 
@@ -126,8 +125,6 @@ def _compile(task: tuple[str, Problem]) -> tuple[str, list[Kernel], bool]:
     return error, found, depends_on_rows(problem._replace(layout="contiguous"), target.device)
 
 
-def _count(task: tuple[str, Problem]) -> tuple:
-    from bench.audit.traffic import traffic  # takes the interpreter
-
+def _count(task: tuple[str, Problem]) -> Traffic:
     target, problem = task
-    return tuple(traffic(problem._replace(layout="contiguous"), TARGETS[target].device))
+    return traffic(problem._replace(layout="contiguous"), TARGETS[target].device)

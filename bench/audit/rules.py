@@ -136,7 +136,8 @@ def broken(row: Row) -> list[str]:
         if row.target == "sm_90" and 1024 <= problem.n <= 16384 and problem.layout == "contiguous" and row.main.per_element > allowed:
             found.append(f"{row.main.name} takes {row.main.per_element} instructions per element, more than {allowed}")
     if problem.n <= read_once(row.target, problem):
-        found += [f"{name} is read {times:.3f} times" for name, times in row.reads.items() if times != 1 and not row.reads_from_cache]
+        from_memory = {} if row.reads_from_cache else row.traffic.reads
+        found += [f"{name} is read {times:.3f} times" for name, times in from_memory.items() if times != 1]
         limit = may_move(row.target, problem)
         if row.memory > limit * row.minimum:
             found.append(f"moves {row.memory / row.minimum:.4f} of the minimum, more than {limit}")
