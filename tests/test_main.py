@@ -24,8 +24,7 @@ def test_switches_the_interpreter_on():
 
 @pytest.fixture
 def one_problem(monkeypatch):
-    monkeypatch.setattr(self_check, "DTYPES", [])
-    monkeypatch.setattr(self_check, "SIZES", [(19, 100)])
+    monkeypatch.setattr(self_check, "PROBLEMS", [(torch.float32, torch.float32, 19, 100)])
 
 
 def test_passes(one_problem, launches, capsys):
