@@ -482,6 +482,8 @@ def test_a_constructor_that_something_else_has_wrapped():
     assert type(Local()) is Local and Local().wrapped
     Local.__init__ = ours
     assert type(Local()) is Local
+    patch(Local)
+    assert Local.__init__ is ours and is_replacement(type(Local()))
     unpatch(Local)
     assert Local.__init__ is own
 

@@ -38,6 +38,10 @@ def plain(self, x):
     return (self.weight * (x.float() / torch.sqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
+def of_128_columns(self, x):
+    return (self.weight * x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) / 128 + self.eps)).to(x.dtype)
+
+
 def weightless(self, x):
     return (x.float() * rstd(x, self.eps)).type_as(x)
 
@@ -88,6 +92,7 @@ KNOWN = {
     "number of groups": (norm_of(number_of_groups, n_groups=8), replace(ROUNDED, group_size=8)),
     "gate before": (norm_of(gate_before), replace(ROUNDED, activation="silu", norm_before_gate=False)),
     "gate after": (norm_of(gate_after), Semantics(activation="sigmoid")),
+    "128 columns only": (norm_of(of_128_columns, weight=nn.Parameter(torch.ones(128))), Semantics()),
     "three dimensions only": (norm_of(three_dimensions_only), ROUNDED),
 }
 
