@@ -128,6 +128,7 @@ def test_columns_may_be_dynamic(device):
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_eps_is_an_argument(dynamic, device):
     """Each value is the one that is used, whether a graph was made for it or for any."""
@@ -201,6 +202,7 @@ INSIDE = {name: TRANSFORMS[name] for name in ("grad", "jvp", "hessian", "backwar
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "around"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_transforms(name, where, device):

@@ -29,13 +29,13 @@ def assert_same(ours, theirs) -> None:
 @every_variant
 def test_gradcheck(variant, device):
     tensors = leaves(variant.draw((3, N) if variant.ndim == 2 else (2, N), torch.float64, device))
-    assert gradcheck(variant.ours, tensors, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradcheck(variant.ours, tensors, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=True)
 
 
 @every_function
 def test_gradgradcheck(function, device):
     tensors = leaves(function.draw((1, N), torch.float64, device))
-    assert gradgradcheck(function.ours, tensors, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+    assert gradgradcheck(function.ours, tensors, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True, fast_mode=True)
 
 
 # All variants for one transform of each kind: reverse twice, forward, torch.func. One of each function for the others.

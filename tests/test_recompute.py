@@ -166,7 +166,7 @@ VIEWS = {
 
 
 @pytest.fixture
-def x(device) -> Tensor:
+def x(device, small_tiles) -> Tensor:
     return draw((2, 3, N), torch.float32, device).requires_grad_()
 
 
