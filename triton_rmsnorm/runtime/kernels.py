@@ -119,8 +119,7 @@ def _fma(a, b, c):
 
 @triton.jit
 def _rsqrt(v):
-    """v^(-1/2). In fp32 one Newton step makes it nearly exact, where a GPU's instruction is off by up to 2 ulp; and subnormal v, for
-    which the instruction gives inf, are scaled."""
+    """v^(-1/2), in fp32 nearly exact, by a Newton step after the GPU's instruction, and also for subnormal v, for which that gives inf."""
     if v.dtype == tl.float32:
         tiny = v < 1.1754943508222875e-38
         v = tl.where(tiny, v * 16777216.0, v)
