@@ -124,8 +124,8 @@ def _rsqrt(v):
         tiny = v < 1.1754943508222875e-38
         v = tl.where(tiny, v * 16777216.0, v)
         r = tl.rsqrt(v)
-        refined = tl.fma(0.5 * r, tl.fma(-v * r, r, 1.0), r)
-        return tl.where((r > 0.0) & (r < float("inf")), refined, r) * tl.where(tiny, 4096.0, 1.0)
+        error = tl.fma(-v * r, r, 1.0)  # NaN where v is 0, infinite or NaN
+        return tl.where(tl.abs(error) < 1.0, tl.fma(0.5 * r, error, r), r) * tl.where(tiny, 4096.0, 1.0)
     else:
         return tl.rsqrt(v)
 
