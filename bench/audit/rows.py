@@ -88,7 +88,8 @@ class Row(NamedTuple):
         if self.main is None or self.problem.direction != "forward":
             return False
         target = TARGETS[self.target]
-        row_bytes = sum(self.traffic.loaded[name] / times for name, times in self.traffic.reads.items()) / self.problem.m
+        rows = self.problem.m * VARIANTS[self.problem.variant].groups  # each group of columns has a program of its own
+        row_bytes = sum(self.traffic.loaded[name] / times for name, times in self.traffic.reads.items()) / rows
         return self.main.resident * self.main.block_m * target.device.num_sms * row_bytes <= target.l2
 
     @property

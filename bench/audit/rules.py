@@ -34,31 +34,34 @@ def may_move(target: str, problem: Problem) -> float:
     """Memory traffic as a multiple of the minimum: 1.02 in the forward, 1.05 in the backward.
 
     A backward of up to 4096 columns may move 1.10 (gfx942: 1.20) of it: an H200 was fastest with several programs per SM, each of which has
-    a partial dw (measured). These are still in the L2 when they are summed, but count as memory traffic here.
+    a partial dw (measured). These are still in the L2 when they are summed, but count as memory traffic here. They weigh 1.5 times as much
+    where no dx is written.
     """
     if problem.direction == "forward":
         return 1.02
-    if problem.n > 4096:
-        return 1.05
-    return 1.2 if target == "gfx942" else 1.1
+    more = 0.05 if problem.n > 4096 else 0.2 if target == "gfx942" else 0.1
+    return 1 + more * (1 if VARIANTS[problem.variant].needs_dx else 1.5)
 
 
 def may_spill(target: str, problem: Problem) -> float:
     """The largest number of bytes per thread that may be spilled.
 
-    It is 0 on sm_90 and sm_100, except in the backward
+    It is 8 on sm_90 and sm_100, which two kernels for fp32 need, except in the backward
 
-    - of more than 8192 columns, where a thread holds 64 elements: 192 (640 where rows are not aligned). An H200 was fastest this way, at 85
+    - of more than 8192 columns, where a thread holds 64 elements: 200 (640 where rows are not aligned). An H200 was fastest this way, at 85
       to 92 % of a copy (measured for up to 32768 columns);
-    - of a gate around which values are rounded, at 4096 columns, where fewer elements per thread would cost more (not measured).
+    - of a gate around which values are rounded, at 4096 columns: 88, since fewer elements per thread would cost more (not measured);
+    - of a gate, between 4096 and 8192 columns: 104, at 7168 columns (not measured).
 
     The other targets have no limit (not measured).
     """
     if target not in ("sm_90", "sm_100"):
         return inf
     if problem.direction == "backward" and problem.n > 8192:
-        return 192 if problem.layout == "contiguous" else 640
-    return 88 if problem.variant == "gate_rounded" and problem.direction == "backward" and problem.n > 2048 else 0
+        return 200 if problem.layout == "contiguous" else 640
+    if problem.direction == "backward" and problem.kind == "gate":
+        return 88 if problem.variant == "gate_rounded" and problem.n > 2048 else 104 if 4096 < problem.n < 8192 else 8
+    return 8
 
 
 def instructions(problem: Problem, kernel: Kernel) -> float:
@@ -69,24 +72,27 @@ def instructions(problem: Problem, kernel: Kernel) -> float:
     - With 16 elements per thread, addresses, masks, sums and the Newton step of rstd weigh more: 15 and 19. An H200 was as fast with them,
       or faster, at 95 to 100 % of a copy (measured, without the Newton step, which is 0.3 to 0.6 of the 15), so instructions are not what
       limits it.
-    - A backward of more than 8192 columns has 64 elements per thread and spills, above all where some columns are masked: 20.
-    - A residual is one more tensor to load, to round and to store: 18 and 20. Roundings of x_hat or rstd: 16 and 19.
-    - A gate takes an exponential and a division: 33 and 44; gelu with its erf, and roundings around it: 50 and 69.
+    - A backward of more than 8192 columns has 64 elements per thread and spills, above all where some columns are masked: 20; with
+      roundings 23, and 28 with a residual in fp32, whose gradient is a tensor of its own.
+    - A residual is one more tensor to load, to round and to store: 18 and 22. Roundings of x_hat or rstd: 16 and 21.
+    - A gate takes an exponential and a division: 33 and 44, or 50 where a quarter of the tile is masked; gelu with its erf, and roundings
+      around it: 50 and 70. A gate before the norm is activated in both passes over a row that is read in blocks: 44.
     - fp64 has half of the lanes and no fast reciprocal square root: 50 and 50.
     """
     forward = problem.direction == "forward"
+    masked = problem.n <= 0.75 * kernel.block_n
     if problem.variant == "gate_rounded":
-        return 50 if forward else 69
+        return 50 if forward else 70
     if problem.kind == "gate":
-        return 33 if forward else 44
+        return (44 if problem.variant == "gate_first" and problem.n > 8192 else 33) if forward else 50 if masked else 44
     if "fp64" in (problem.dtype, problem.weight_dtype):
         return 50
-    if problem.kind == "residual":
-        return 18 if forward else 20
-    if problem.variant == "rounded_twice":
-        return 16 if forward else 19
     if problem.n > 8192 and not forward:
-        return 20
+        return 28 if problem.own_dresidual else 23 if problem.variant.startswith("rounded") or problem.kind == "residual" else 20
+    if problem.kind == "residual":
+        return 18 if forward else 22
+    if problem.variant.startswith("rounded"):
+        return 16 if forward else 21
     few = kernel.block_m * kernel.block_n <= 16 * 32 * kernel.num_warps * kernel.num_ctas
     return (15 if forward else 19) if few else (12 if forward else 15)
 
@@ -95,8 +101,9 @@ def hidden_latency(row: Row, kernel: Kernel) -> list[str]:
     """What a kernel lacks to hide the latency of memory.
 
     It needs, on sm_90, 24 warps per SM in the forward of up to 8192 columns and 16 beyond, and on every target 1.2 times the bytes in
-    flight that keep its memory busy; 1.1 times where more than a quarter of a tile is masked, and 0.7 times on sm_100: the configurations
-    were chosen on an H200, which has little more than half of its bandwidth per SM. Not looked at are rows that are not contiguous, fewer
+    flight that keep its memory busy; 1.1 times where more than a quarter of a tile is masked (0.95 with an fp32 weight for half-precision
+    rows, which takes registers), and 0.7 times on sm_100: the configurations were chosen on an H200, which has little more than half of its
+    bandwidth per SM. Not looked at are rows that are not contiguous, fewer
     than 64 columns, and a backward that 8192 rows do not fill.
     """
     problem, target = row.problem, TARGETS[row.target]
@@ -106,7 +113,11 @@ def hidden_latency(row: Row, kernel: Kernel) -> list[str]:
     wanted = next((warps for columns, warps in WARPS.items() if problem.n <= columns), 0)
     if row.target == "sm_90" and problem.direction == "forward" and kernel.warps < wanted:
         found.append(f"{kernel.name} has {kernel.warps} warps per SM, not {wanted}")
-    least = 0.7 if row.target == "sm_100" else 1.1 if problem.n < 0.75 * kernel.block_n else 1.2
+    least = 1.2
+    if problem.n < 0.75 * kernel.block_n:
+        least = 0.95 if problem.weight_dtype == "fp32" != problem.dtype else 1.1
+    if row.target == "sm_100":
+        least = 0.7
     if kernel.in_flight < least * target.latency_bytes:
         found.append(f"{kernel.name} has {kernel.in_flight / target.latency_bytes:.2f} of the bytes in flight, not {least}")
     return found

@@ -86,7 +86,8 @@ FORWARD_CTA = 32768
 # reaches 84 and 86 %). MI300X has 4 MB of L2 per 38 SMs, too little for the rows of 16384 columns that are in flight, and reads them once.
 REREAD_COLUMNS = {"plain": 65536, "gate": 32768}
 # All others take a cluster of thread blocks of 8192 columns, with 128 bytes per thread (measured: 71 % for 131072 columns of bf16), or half
-# as many with a gate, so that 16 warps fit on an SM (compiled).
+# as many with a residual, a gate or a weight that is wider than x, so that 16 warps fit on an SM (compiled). So do rows with a residual
+# that would fill FORWARD_CTA, where they would spill (compiled).
 CLUSTER_CTA = 8192
 # Backward. A tile has 4 KiB of x or one row, 16 elements per thread. An SM holds 16 KiB of x, and two more tiles are prefetched for each
 # program (measured: 95 to 97 % for up to 8192 columns of bf16, 96 to 99 % for fp32). A gate takes more registers: half as many elements,
@@ -136,16 +137,17 @@ def _forward(key: Key, device: Device) -> Config:
     columns, itemsize = next_power_of_2(key.n), _itemsize(key)
     registers = columns * max(1, itemsize // 4)
     gate = key.kind == "gate"
+    wide = key.kind != "plain" or key.weight_itemsize > key.itemsize  # takes more registers per element
     blocked = Config(1, 8192 if columns <= 32768 else 16384, min(1024, columns // (8 if gate else 32)) // device.warp_size)
     if device.backend == "cuda" and itemsize == 2 and 16384 <= columns <= REREAD_COLUMNS.get(key.kind, 0):
         return blocked
-    if registers <= FORWARD_CTA:
+    if registers <= FORWARD_CTA // (2 if key.kind == "residual" and device.max_ctas > 1 else 1):
         threads = max(128, registers // (16 if registers <= 4096 else 32))
         return Config(max(1, 16 * threads // registers), columns, threads // device.warp_size)
     num_ctas = columns // CLUSTER_CTA
     if num_ctas > device.max_ctas:
         return blocked
-    return Config(1, columns, CLUSTER_CTA * itemsize // (64 if gate else 128) // device.warp_size, num_ctas)
+    return Config(1, columns, CLUSTER_CTA * itemsize // (64 if wide else 128) // device.warp_size, num_ctas)
 
 
 def _backward(key: Key, device: Device) -> Config:
@@ -156,7 +158,7 @@ def _backward(key: Key, device: Device) -> Config:
         block_m = max(1, BACKWARD_TILE_BYTES // (1 + gate) // (columns * itemsize))
         tile = block_m * columns
         if gate:
-            threads, per_sm = (512, 1) if tile > 4096 else (128, 2) if tile > 1024 else (128, 4)
+            threads, per_sm = (256, 1) if tile > 4096 else (128, 2) if tile > 1024 else (128, 4)
             held = columns < 4096
         else:
             threads, per_sm = min(512, max(128, columns // 16)), max(1, BACKWARD_SM_BYTES // (tile * itemsize))
