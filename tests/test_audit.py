@@ -148,8 +148,10 @@ def test_exceptions_are_no_wider_than_said():
     assert fewer == {("backward", "plain", "fp64")} | (set() if clusters else gates)
     assert {rules.read_once("gfx942", problem) for problem in once if problem.dtype != "fp64"} == {16384}
     spills = {problem for problem in once if rules.may_spill("sm_90", problem)}
-    assert {problem for problem in spills if problem.n <= 8192} == {BACKWARD._replace(variant="gate_rounded")}
-    assert {problem.direction for problem in spills} == {"backward"}
+    gates = {BACKWARD._replace(n=7168, variant=variant) for variant in ("gate", "gate_first")}
+    fp32 = BACKWARD._replace(n=256, dtype="fp32", weight_dtype="fp32")
+    assert {problem for problem in spills if problem.n <= 8192} == {BACKWARD._replace(variant="gate_rounded"), *gates, fp32}
+    assert {problem for problem in spills if problem.direction == "forward"} == {fp32._replace(n=32768, direction="forward")}
 
 
 BEFORE = {"registers": [100, 80], "spilled": [0, 0], "shared": [16384, 64], "memory": 2005}

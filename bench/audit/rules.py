@@ -46,12 +46,12 @@ def may_move(target: str, problem: Problem) -> float:
 def may_spill(target: str, problem: Problem) -> float:
     """The largest number of bytes per thread that may be spilled.
 
-    It is 8 on sm_90 and sm_100, which two kernels for fp32 need, except in the backward
+    It is 0 on sm_90 and sm_100, but 8 in two kernels for fp32, the forward of 32768 columns and the backward of 256, and in the backward
 
     - of more than 8192 columns, where a thread holds 64 elements: 200 (640 where rows are not aligned). An H200 was fastest this way, at 85
       to 92 % of a copy (measured for up to 32768 columns);
     - of a gate around which values are rounded, at 4096 columns: 88, since fewer elements per thread would cost more (not measured);
-    - of a gate, between 4096 and 8192 columns: 104, at 7168 columns (not measured).
+    - of a gate, at 7168 columns: 104 (not measured).
 
     The other targets have no limit (not measured).
     """
@@ -60,8 +60,8 @@ def may_spill(target: str, problem: Problem) -> float:
     if problem.direction == "backward" and problem.n > 8192:
         return 200 if problem.layout == "contiguous" else 640
     if problem.direction == "backward" and problem.kind == "gate":
-        return 88 if problem.variant == "gate_rounded" and problem.n > 2048 else 104 if 4096 < problem.n < 8192 else 8
-    return 8
+        return 88 if problem.variant == "gate_rounded" and problem.n > 2048 else 104 if problem.n == 7168 else 0
+    return 8 if problem.dtype == "fp32" and (problem.direction, problem.n) in (("forward", 32768), ("backward", 256)) else 0
 
 
 def instructions(problem: Problem, kernel: Kernel) -> float:
