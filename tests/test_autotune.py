@@ -218,6 +218,7 @@ def test_on_by_default(environment, search):
     assert done.stdout == f"{search}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["variable", "context"])
 def test_full_search(how, clock, few, monkeypatch, capsys):
     """It has a cache of its own, so that results never depend on what another process searched for."""
@@ -356,6 +357,7 @@ def inheritable_open(*arguments):
     return file
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(clock, few, monkeypatch):
     """All tensors of a search, results of the analytic choice included, stay within the limit, and are freed at its end."""
     sizes, trials = [], []

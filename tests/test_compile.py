@@ -21,6 +21,8 @@ from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, rms_norm
 from triton_rmsnorm.reference import Spec, accumulation_dtype
 from triton_rmsnorm.testing import draw
 
+pytestmark = pytest.mark.slow  # compilers of torch
+
 ops = torch.ops.triton_rmsnorm
 compiles = partial(torch.compile, backend="aot_eager", fullgraph=True)  # a graph break is an error
 plain = VARIANTS["plain"].ours
@@ -86,7 +88,6 @@ def test_layouts(of, ndim, device):
 ROWS = ((3, 4), (5, 4), (7, 9), (200, 2), (2, 300))
 
 
-@pytest.mark.slow
 def test_rows_compile_nothing_anew(module):
     """One dynamic graph serves all numbers of rows, forward and backward."""
     norm, arguments = module
@@ -97,7 +98,6 @@ def test_rows_compile_nothing_anew(module):
             assert_equal(trained(compiled, tensors), trained(norm, tensors))
 
 
-@pytest.mark.slow
 def test_counts_like_torchs(device):
     """As many graphs as torch.nn.RMSNorm for the same calls, among them one row, no grad and other dtypes."""
 
@@ -128,7 +128,6 @@ def test_columns_may_be_dynamic(device):
     assert counter.frame_count == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_eps_is_an_argument(dynamic, device):
     """Each value is the one that is used, whether a graph was made for it or for any."""
@@ -148,7 +147,6 @@ class Block(torch.nn.Module):
         return self.gated(y + 1, residual).tanh()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_inductor(dynamic, device, launches):
@@ -202,7 +200,6 @@ INSIDE = {name: TRANSFORMS[name] for name in ("grad", "jvp", "hessian", "backwar
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "around"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_transforms(name, where, device):
@@ -225,7 +222,6 @@ def test_double_backward_of_compiled_is_an_error(device):
         double_backward(compiles(plain), VARIANTS["plain"].draw((4, N), torch.float32, device))
 
 
-@pytest.mark.slow
 @every_function
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("transform", ["backward", "double_backward"])
@@ -237,7 +233,6 @@ def test_compiled_autograd(function, transform, device):
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
 def test_export(module, strict, launches):
     """With any batch, after decompositions, after a round trip through a file: the operator is in the program; and it trains."""
@@ -318,7 +313,6 @@ SAMPLES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "weight_dtype", "spec", "other"), SAMPLES.values(), ids=SAMPLES)
 def test_opcheck(dtype, weight_dtype, spec, other, device):
     """Schema, fake, autograd registration and AOTAutograd with dynamic shapes, of both operators; what is not needed is an empty tensor."""

@@ -90,6 +90,7 @@ def test_the_rest_does_not_depend_on_the_provider(provider):
     assert small(provider).kept_by("rest") == small(HF).kept_by("rest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", [HF, "torch composite", OURS, FUSED, RECOMPUTED, *PEERS])
 def test_linear_in_tokens(provider):
     """Nothing is scaled; but if it were, this is what it would be."""
@@ -134,6 +135,7 @@ def test_kept_is_what_a_real_layer_keeps(provider, device):
     assert 0 <= small(provider).kept_by("layer") - ours <= 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", [OURS, RECOMPUTED, *PEERS])
 def test_bisection_counts_every_program(provider, monkeypatch):
     """Of all kernels, where programs do not do the same: 132 of them share 250 rows."""

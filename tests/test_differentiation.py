@@ -32,6 +32,7 @@ def test_gradcheck(variant, device):
     assert gradcheck(variant.ours, tensors, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=True)
 
 
+@pytest.mark.slow
 @every_function
 def test_gradgradcheck(function, device):
     tensors = leaves(function.draw((1, N), torch.float64, device))

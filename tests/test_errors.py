@@ -74,7 +74,7 @@ def test_fields(fields, message):
 GOOD = {
     "list": (X, [6]),
     "size": (X, X.shape[-1:]),
-    "numpy_int": (X, (np.int64(6),)),
+    "numpy_int": (torch.randn(5, 7), (np.int64(7),)),  # a shape of its own: equal ones are checked once
     "eps_int": (X, (6,), W, 1),
     "eps_bool": (X, (6,), W, True),
     "eps_scalar_tensor": (X, (6,), W, torch.tensor(1e-5)),

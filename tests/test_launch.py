@@ -64,6 +64,7 @@ def test_rows_do_not_depend_on_their_batch(shape, dtype, device):
         assert torch.equal(some.y, batch.y[rows]) and torch.equal(some.dx, batch.dx[rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stand_in", [config.SM_80, config.SM_90], ids=lambda stand_in: stand_in.name)
 def test_rows_do_not_depend_on_their_batch_on_devices(stand_in, device, run_as):
     run_as(stand_in)

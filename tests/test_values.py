@@ -138,6 +138,7 @@ def test_configurations_of_devices(stand_in, problem, device, run_as):
     problem.check(device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stand_in", ["sm_80", "gfx942"])
 def test_blocks_of_devices(stand_in, device, run_as):
     """A backward in blocks of columns, dweight spread over grid axis 2."""

@@ -218,8 +218,9 @@ def _checked(
     if type(normalized_shape) is not tuple and not isinstance(normalized_shape, Sequence):
         raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
     for size in normalized_shape:
-        if type(size) is not int and not _is_size(size):
-            raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
+        if type(size) is not int:
+            normalized_shape = _sizes(normalized_shape)
+            break
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
     if eps is not None and type(eps) is not float and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
@@ -319,10 +320,17 @@ def _check_layout(name: str, layout: torch.layout) -> None:
         raise NotImplementedError(f"{name} must have layout torch.strided, got {layout}")
 
 
-def _is_size(size: Any) -> bool:
-    if isinstance(size, Tensor):  # what torch.jit.trace makes of sizes
-        return torch._C._get_tracing_state() is not None and size.dim() == 0
-    return isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool)
+def _sizes(normalized_shape: Sequence[Any]) -> tuple[Any, ...]:
+    """The same as ints, or as what stands for ints while torch compiles or traces."""
+    sizes: list[Any] = []
+    for size in normalized_shape:
+        if isinstance(size, Tensor) and torch._C._get_tracing_state() is not None and size.dim() == 0:  # of torch.jit.trace
+            sizes.append(size)
+        elif isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool):
+            sizes.append(size if isinstance(size, torch.SymInt) else int(size))
+        else:
+            raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
+    return tuple(sizes)
 
 
 def _number(eps: Any) -> float:
