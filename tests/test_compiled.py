@@ -77,6 +77,14 @@ def fp64_instructions() -> set[str]:
     return set(re.findall(r"\b[a-z0-9.]*[.]f64\b[a-z0-9.]*", code))
 
 
+def scaled_subnormals() -> bool:
+    """Whether the forward multiplies a mean square below the smallest normal number by 2^24: a GPU's rsqrt flushes it to 0."""
+    (launch,) = launches(Problem(64, 4096, dtype="fp32", weight_dtype="fp32"), TARGETS["sm_90"].device)
+    code = code_of(launch)
+    smaller, scaled = re.search(r"setp\.lt\S*\.f32\s+\S+ \S+ 0f00800000;", code), re.search(r"mul\S*\.f32\s+\S+ \S+ 0f4B800000;", code)
+    return smaller is not None and scaled is not None
+
+
 OUTPUTS = {
     "plain": {},
     "offset": {"weight_offset": 1.0},
@@ -134,3 +142,7 @@ def test_outputs_are_computed_again_as_in_the_forward():
     for name, steps in compiled(forwards_and_outputs).items():
         assert steps["output"] <= steps["forward"], name
         assert steps["output"].total() and not steps["output"].keys() & {"mul.f32", "add.f32", "sub.f32", "fma.f32", "mad.f32"}, name
+
+
+def test_subnormal_mean_squares_are_scaled():
+    assert compiled(scaled_subnormals)

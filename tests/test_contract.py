@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+import variants
 from processes import compiled
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -23,7 +24,7 @@ import triton_rmsnorm
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
 from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import launch
-from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
+from triton_rmsnorm.testing import Results, assert_within_budget, composed, draw, expected, run
 
 OPINFO = next(op for op in op_db if op.name == "nn.functional.rms_norm" and not op.variant_test_name)
 MODULEINFO = next(module for module in module_db if module.module_cls is torch.nn.RMSNorm)
@@ -184,6 +185,16 @@ def test_rows_stay_isolated(name, number, device):
         for our, their, old in zip(ours, theirs, before, strict=True):
             if our.dim() > 1:  # to dgamma, all rows contribute
                 assert torch.equal(our[[0, 2, 3]], old[[0, 2, 3]]) and torch.equal(our.isnan(), their.isnan())
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_pass_nan(activation, norm_before_gate, device):
+    spec = Spec((64,), 1e-6, activation=activation, norm_before_gate=norm_before_gate)
+    x, weight, gate = (draw(shape, torch.float32, device) for shape in ((4, 64), (64,), (4, 64)))
+    gate[1, 2] = torch.nan
+    our, their = (norm(spec)(x, weight, None, gate) for norm in (variants.ours, composed))
+    assert torch.equal(our.isnan(), their.isnan()) and our[1, 2].isnan()
 
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
