@@ -89,6 +89,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
         return y
 
     monkeypatch.setattr(replacement, "_compute", scaled)
+    monkeypatch.setattr(compare_module, "CONTROLS", 8)
     model = tiny_model("llama").eval().to(DEVICE)
     part, name, _ = compare(model, tiny_batch(model), torch.float32)
     assert part > 1 and name.startswith("gradient of")
