@@ -1,9 +1,9 @@
 """`python -m bench.record`: all that one GPU can tell about the package, in the order of what one wants to know first.
 
-It runs the GPU's tests and the self-check, times a copy, tunes, times every provider on every problem, a persistent forward, the host and
-training, and looks for errors with compute-sanitizer. After each step it keeps what it has in DIR: record.json, a page (record.md) with its
-pictures, and the log of all steps. What does not fit into the minutes is left out, and the page says so; --resume goes on with it, also on
-another day, with the same GPU and commit.
+It runs the GPU's tests and the self-check, times a copy, tunes, times every provider on every problem, the host and training, and looks
+for errors with compute-sanitizer. After each step it keeps what it has in DIR: record.json, a page (record.md) with its pictures, and the
+log of all steps. What does not fit into the minutes is left out, and the page says so; --resume goes on with it, also on another day, with
+the same GPU and commit.
 
     python -m bench.record --minutes 50 --out out/record
     python -m bench.record --minutes 20 --out out/record --resume

@@ -32,7 +32,7 @@ def stand_ins() -> Iterator[None]:
     """For a process that does one step. Calls are made, and their results are checked; their times are made up."""
     from bench.providers import EAGER, OURS, PROVIDERS
     from bench.record import steps
-    from bench.speed import check, host, persistent
+    from bench.speed import check, host
     from bench.speed import run as speed
     from bench.train.job import PRESETS
     from bench.train.providers import BASELINE, CONTROL, RECOMPUTED
@@ -65,10 +65,6 @@ def stand_ins() -> Iterator[None]:
         metadata = records.metadata
         patch(records, "metadata", lambda: metadata() | METADATA)
         patch(check, "time_cold", time_cold)
-        patch(persistent, "time_interleaved", time_interleaved)
-        patch(persistent, "FLUSH_BYTES", 1 << 10)
-        patch(persistent.compare, "__defaults__", (COLUMNS, ELEMENTS))
-        patch(persistent, "ROUNDS", 3)
         patch(autotune, "time_interleaved", time_interleaved)
         patch(autotune, "MEMORY", 1 << 15)
         patch(autotune, "STEPS", 0)

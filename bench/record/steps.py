@@ -92,14 +92,6 @@ def suite(name: str, folder: Path, minutes: float) -> Outcome:
     return Outcome("partial" if left else "done", note)
 
 
-def persistent(folder: Path, minutes: float) -> Outcome:
-    from bench.speed import persistent
-
-    rows = persistent.compare(records.gpu())
-    won = sum((row["flat / persistent"] or 0) > 1 for row in rows)
-    return Outcome(note=f"the persistent forward is faster at {won} of {len(rows)} row lengths", result={"rows": rows})
-
-
 def first_use(folder: Path, minutes: float) -> Outcome:
     """What a search at the first use of a key costs, and what it gains."""
     from triton_rmsnorm.runtime import autotune, launch
@@ -194,18 +186,17 @@ def small() -> None:
 STEPS = {
     step.name: step
     for step in (
-        Step("tests", "the tests that only a GPU can answer (pytest -m gpu)", gpu_tests, 2, 5, 6),
+        Step("tests", "the tests that only a GPU can answer (pytest -m gpu)", gpu_tests, 2, 5, 5),
         Step("self-check", "python -m triton_rmsnorm", self_check, 0.25, 0.5, 1),
         Step("ceiling", "the bandwidth of a copy, with a cold L2", ceiling, 0.2, 0.3, 2),
-        Step("tune", "bench.tune for the most used keys", tune, 1, 8, 7),
+        Step("tune", "bench.tune for the most used keys", tune, 1, 8, 6),
         Step("quick", "bench.run --suite quick", partial(suite, "quick"), 2, 4, 0),
-        Step("full", "bench.run --suite full", partial(suite, "full"), 2.5, 12, 8),
-        Step("persistent", "a flat forward against a persistent one (bf16)", persistent, 0.6, 1.2, 3),
-        Step("first use", "what tuning at the first use of a key costs and gains (bf16, same bits)", first_use, 0.7, 1, 5),
-        Step("host", "bench.host", host, 0.4, 0.8, 4),
-        Step("memory", "training steps of four layers of a 1B Llama, with and without recompute_norms", memory, 1, 2, 9),
-        Step("train", "bench.train --preset 1b --compare", train, 3, 9, 10),
-        Step("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 1, 3, 11),
+        Step("full", "bench.run --suite full", partial(suite, "full"), 2.5, 12, 7),
+        Step("first use", "what tuning at the first use of a key costs and gains (bf16, same bits)", first_use, 0.7, 1, 4),
+        Step("host", "bench.host", host, 0.4, 0.8, 3),
+        Step("memory", "training steps of four layers of a 1B Llama, with and without recompute_norms", memory, 1, 2, 8),
+        Step("train", "bench.train --preset 1b --compare", train, 3, 9, 9),
+        Step("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 1, 3, 10),
     )
 }
 
