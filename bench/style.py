@@ -1,15 +1,7 @@
 """How pictures look: Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker."""
 
-ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE, BLACK = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-    "#000000",
-)
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 COLORS = (VERMILLION, BLUE, SKY, GREEN, PURPLE, ORANGE, BLACK, YELLOW)  # in the order of use
 MARKERS = "os^DvPX*"
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -208,11 +209,8 @@ def count_layer(model: Model, provider: Provider, tokens: int, dtype: torch.dtyp
     Raises:
         UncountableError: the model cannot run without values, or the provider is absent or has none of its norms.
     """
-    if provider.package is not None:
-        try:
-            importlib.import_module(provider.package)
-        except ImportError:
-            raise UncountableError("not installed") from None
+    if provider.package is not None and find_spec(provider.package) is None:
+        raise UncountableError("not installed")
     built, layer = _build(model, dtype)
     norms = [(module, verdict.norm) for module in layer.modules() if (verdict := recognize(module)) and verdict.norm]
     if not norms:

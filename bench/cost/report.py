@@ -5,6 +5,9 @@ print(markdown(record))
 picture(record)  # a figure of matplotlib
 """
 
+from itertools import groupby
+from operator import itemgetter
+
 from bench import records, style
 from bench.cost.count import DIRECTIONS, of_row
 
@@ -60,11 +63,8 @@ def notes(record: dict) -> list[str]:
 
 
 def by_model(record: dict) -> dict[str, list[dict]]:
-    """The rows of each model."""
-    found: dict[str, list[dict]] = {}
-    for row in record["rows"]:
-        found.setdefault(row["model"], []).append(row)
-    return found
+    """The rows of each model, which are side by side."""
+    return {model: list(rows) for model, rows in groupby(record["rows"], itemgetter("model"))}
 
 
 def about(record: dict) -> str:
