@@ -15,7 +15,7 @@ from bench.train import __main__ as command
 from bench.train.job import PRESETS, batches, count_parameters, new_model, read_text
 from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, RECOMPUTED, control, ours
 from bench.train.report import picture
-from bench.train.run import Run, agrees, attempt, largest_difference, tolerance, train, what_fits
+from bench.train.run import Run, agrees, attempt, judge, largest_difference, tolerance, train, what_fits
 
 NORMS = 5  # of the tiny model
 GIB = 2**30
@@ -144,7 +144,7 @@ def before():
 def test_ours_has_to_train_the_same(provider, printed, before, capsys, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "ours", provider)
     runs = before | {"ours": attempt("ours", SMALL, before)}
-    assert not command.judge(runs)
+    assert not judge(runs)
     assert printed in capsys.readouterr().out
 
 
@@ -163,7 +163,7 @@ def test_a_baseline_that_fails_shows_nothing(provider, tmp_path, monkeypatch):
 def test_ours_compiled_may_not_fail(status, losses, good):
     """A compiled model rounds elsewhere, so its losses are shown, not judged."""
     runs = {name: Run(losses=[1.0]) for name in QUICK}
-    assert command.judge(runs | {"torch.compile, ours": Run(status, losses=losses)}) == good
+    assert judge(runs | {"torch.compile, ours": Run(status, losses=losses)}) == good
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 from bench.census.tiny_models import tiny_batch, tiny_model
+from bench.train.providers import control
 from triton_rmsnorm import patch, unpatch
 from triton_rmsnorm.patching.recognition import agree
 from triton_rmsnorm.patching.replacement import is_replacement
@@ -89,8 +90,8 @@ def compare(model: nn.Module, batch: dict, dtype: torch.dtype, fused: nn.Module 
     except (RuntimeError, TypeError, ValueError):
         truth, in_fp64 = original, False
     noise = {name: (original[name] - truth[name]).norm() for name in truth.keys() & original.keys()}
-    for control in range(CONTROLS):
-        moved = _run(_moved(model, seed=control), batch, dtype)
+    for seed in range(CONTROLS):
+        moved = _run(control(copy.deepcopy(model), seed=seed), batch, dtype)
         for name in noise.keys() & moved.keys():
             noise[name] = torch.maximum(noise[name], (moved[name] - truth[name]).norm())
         parts = {}
@@ -157,18 +158,6 @@ def _cast(value, dtype: torch.dtype):
     if not isinstance(value, Tensor):
         return value
     return value.to(DEVICE, dtype if value.is_floating_point() else value.dtype)
-
-
-def _moved(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with every element of one-dimensional parameters moved to a neighbouring number, up or down."""
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                direction = torch.randn(parameter.shape, generator=generator).to(parameter) * torch.inf
-                parameter.copy_(torch.nextafter(parameter, direction))
-    return model
 
 
 def row_of(row) -> dict:

@@ -13,9 +13,7 @@ Exit status: 0; 1 if ours was not measured or its losses differ too much.
 """
 
 import argparse
-import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +22,8 @@ import torch
 from bench import records
 from bench.train import report
 from bench.train.job import PRESETS, TEXT, Job, device_name, interpreted, read_text
-from bench.train.providers import BASELINE, PROVIDERS, QUICK, RECOMPUTED
-from bench.train.run import DRIFT, Run, agrees, attempt, largest_difference, tolerance
+from bench.train.providers import PROVIDERS, QUICK, RECOMPUTED
+from bench.train.run import Run, attempt, judge
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -106,25 +104,5 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if good else 1
 
 
-def judge(runs: dict[str, Run]) -> bool:
-    """Whether all of ours were measured and train as the baseline does, which is printed.
-
-    A compiled model rounds in other places, so of its losses only NaN counts.
-    """
-    allowed = tolerance(runs)
-    if allowed is not None:
-        print(f"\nTolerance: {allowed:.1e}, which is {DRIFT} times what one rounding of every gamma does to the losses (the control).")
-    good = True
-    for name, run in runs.items():
-        if name.startswith("ours"):
-            good &= agrees(run, runs)
-            if (difference := largest_difference(run, runs[BASELINE])) is not None:
-                verdict = "the same" if agrees(run, runs) else "TOO MUCH"
-                print(f"Largest difference of the losses of {name} and {BASELINE}: {difference:.1e}, {verdict}.")
-        elif "ours" in name:
-            good &= run.status in ("measured", "absent") and all(map(math.isfinite, run.losses))
-    return good
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.train.job import SEED, Job, batches
 from bench.train.providers import CONTROL, control
-from bench.train.run import Run, agrees, largest_difference, tolerance, train
+from bench.train.run import Run, agrees, judge, train
 
 EPS = 1e-6
 JOB = Job(
@@ -203,6 +203,4 @@ def report(job: Job, runs: dict[str, Run]) -> None:
         print(f"{step:>6}{torchs:>14.5f}{controls:>14.5f}{ours:>14.5f}{ours - torchs:>14.1e}{controls - torchs:>14.1e}")
     tokens = job.tokens * world // job.tp
     print(f"{'':>6}" + "".join(f"{f'{tokens / run.step_seconds[1]:,.0f}':>14}" for run in runs.values()) + "  tokens/s")
-    difference = largest_difference(runs["ours"], runs[BASELINE])
-    verdict = "the same" if agrees(runs["ours"], runs, BASELINE) else "TOO MUCH"
-    print(f"Largest difference: {difference:.1e}, tolerance {tolerance(runs, BASELINE):.1e}: {verdict}.")
+    judge(runs, BASELINE)

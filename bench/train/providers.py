@@ -16,15 +16,19 @@ class AbsentError(Exception):
     """What a provider needs is not available here; says what."""
 
 
-def control(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Moves every gamma to a neighbouring number of `dtype` (None: its own), up or down at random."""
-    generator = torch.Generator().manual_seed(SEED)
+def control(model: nn.Module, dtype: torch.dtype | None = None, seed: int = SEED) -> nn.Module:
+    """Moves every element of one-dimensional parameters, such as gammas, to a neighbouring number, up or down at random.
+
+    Args:
+        dtype: of the numbers; None for each parameter's own.
+    """
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1:
                 rounded = weight.cpu().to(dtype or weight.dtype)
-                towards = torch.randint(2, weight.shape, generator=generator).to(rounded.dtype) * 4 - 2
-                weight.copy_(torch.nextafter(rounded, towards))
+                towards = torch.where(torch.randn(weight.shape, generator=generator) > 0, torch.inf, -torch.inf)
+                weight.copy_(torch.nextafter(rounded, towards.to(rounded)))
     return model
 
 

@@ -5,6 +5,7 @@ is shown by the control: the baseline with every gamma moved to a neighbouring n
 """
 
 import gc
+import math
 import statistics
 import sys
 import time
@@ -132,6 +133,26 @@ def agrees(run: Run, runs: dict[str, Run], baseline: str = BASELINE) -> bool:
     """Whether its losses are the baseline's within the tolerance. Not if any is NaN, nor if one of the runs was not measured."""
     difference, allowed = largest_difference(run, runs[baseline]), tolerance(runs, baseline)
     return difference is not None and allowed is not None and difference <= allowed
+
+
+def judge(runs: dict[str, Run], baseline: str = BASELINE) -> bool:
+    """Whether all of ours were measured and train as the baseline does, which is printed.
+
+    A compiled model rounds in other places, so of its losses only NaN counts.
+    """
+    allowed = tolerance(runs, baseline)
+    if allowed is not None:
+        print(f"\nTolerance: {allowed:.1e}, which is {DRIFT} times what one rounding of every gamma does to the losses (the control).")
+    good = True
+    for name, run in runs.items():
+        if name.startswith("ours"):
+            good &= agrees(run, runs, baseline)
+            if (difference := largest_difference(run, runs[baseline])) is not None:
+                verdict = "the same" if agrees(run, runs, baseline) else "TOO MUCH"
+                print(f"Largest difference of the losses of {name} and {baseline}: {difference:.1e}, {verdict}.")
+        elif "ours" in name:
+            good &= run.status in ("measured", "absent") and all(map(math.isfinite, run.losses))
+    return good
 
 
 def what_fits(job: Job, runs: dict[str, Run]) -> str:
