@@ -9,12 +9,12 @@ import torch
 from made_up import LARGE, run_of, timed
 from torch.nn import functional as F
 
-from bench import plot, providers, records
+from bench import plot, providers, records, tune
 from bench import problem as problems
 from bench.problem import DIRECTIONS, LAYOUTS, VARIANTS, Problem, draw
 from bench.providers import CEILING, EAGER, OURS, Provider, UnsupportedError
 from bench.record import __main__ as record
-from bench.speed import check, report, run, tune
+from bench.speed import check, report, run
 from triton_rmsnorm.runtime import autotune, launch, table
 from triton_rmsnorm.runtime.config import SM_90, analytic
 from triton_rmsnorm.testing import composed

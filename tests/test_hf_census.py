@@ -9,8 +9,8 @@ from scripts.tasks import work
 
 pytest.importorskip("transformers")
 
+from bench import hf_census as command
 from bench import records
-from bench.census import __main__ as command
 from bench.census import compare as compare_module
 from bench.census import run as run_module
 from bench.census.classes import classes_of

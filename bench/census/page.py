@@ -59,7 +59,7 @@ def page(record: dict) -> str:
         "",
         "A tiny random model of every model type is run forward and backward as it is and with its norms replaced by `patch`, with and",
         "without `fuse_residual=True`, in fp32 and in bf16. Outputs, gradients and state_dict are compared, and each class of norms",
-        "also on its own. How exactly is described at the top of [`bench/census/__main__.py`](../bench/census/__main__.py). Results for",
+        "also on its own. How exactly is described at the top of [`bench/hf_census.py`](../bench/hf_census.py). Results for",
         "every model type and every class are in [hf_census.json](hf_census.json).",
         "",
         f"Written by `python -m bench.hf_census` on {about['date'][:10]}: transformers {about['transformers']}, torch {about['torch']}, "

@@ -70,7 +70,7 @@ def ceiling(folder: Path, minutes: float) -> Outcome:
 
 
 def tune(folder: Path, minutes: float) -> Outcome:
-    from bench.speed import tune
+    from bench import tune
     from triton_rmsnorm.runtime import launch, table
 
     path = folder / "tuned" / table.file_name(launch.device_of(records.gpu()))

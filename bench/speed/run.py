@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = records.gpu()
     deadline = time.monotonic() + 60 * (options.minutes or MINUTES[options.suite]) - RESERVE
 
-    run = _run(options.suite)
+    run, file = _run(options.suite)
     known = _done(run)
     todo: dict[Problem, list[str]] = {}
     for problem, name in cells(options.suite, run["absent"]):
@@ -64,10 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
                     break
                 run["rows"].append(_row(problem, name, data, expected))
                 progress.update()
-            _save(run)
+            records.write(file, run, lines="rows")
     left = progress.total - progress.n
     print(report.markdown(run))
-    print(f"\n{run['file']}" + (f": out of time, {left} of {progress.total} cells are left; the same command goes on" if left else ""))
+    print(f"\n{file}" + (f": out of time, {left} of {progress.total} cells are left; the same command goes on" if left else ""))
     return int(any(row["provider"] == OURS and row["status"] in ("failed", "wrong") for row in run["rows"]))
 
 
@@ -139,8 +139,8 @@ def _call_once(problem: Problem, names: list[str], device: torch.device) -> None
         torch.cuda.empty_cache()
 
 
-def _run(suite: str) -> dict:
-    """The newest run of the suite that is like one that would start now, or a new one."""
+def _run(suite: str) -> tuple[dict, Path]:
+    """The newest run of the suite that is like one that would start now, or a new one, and its file."""
     run = {"suite": suite, "metadata": records.metadata(), "absent": absent(), "rows": []}
     for file in sorted(records.RESULTS.glob(f"run-{suite}-*.json"), reverse=True):
         old = json.loads(file.read_text())
@@ -148,9 +148,5 @@ def _run(suite: str) -> dict:
             if len(_done(old)) == len(cells(suite, old["absent"])):
                 break
             print(f"Going on with {file}, where {len(_done(old))} cells are done.")
-            return old | {"file": str(file)}
-    return run | {"file": str(records.path(f"run-{suite}", run["metadata"]))}
-
-
-def _save(run: dict) -> None:
-    records.write(Path(run["file"]), {key: value for key, value in run.items() if key != "file"}, lines="rows")
+            return old, file
+    return run, records.path(f"run-{suite}", run["metadata"])
