@@ -18,6 +18,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from bench import records
+from bench.record.apply import apply
+from bench.record.page import PAGE
+from bench.record.rehearsal import METADATA, small
 from bench.record.run import RECORD, Recorder
 
 MINUTES = 50
@@ -32,31 +35,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--apply", type=Path, metavar="DIR", help="put the record in DIR in its places in this checkout, and nothing else")
     options = parser.parse_args(arguments)
     if options.apply:
-        from bench.record.apply import apply
-
         try:
             apply(options.apply)
         except (OSError, ValueError) as error:
             parser.error(f"--apply: {error}")
         return 0
 
-    sizes = nullcontext()
-    if options.rehearse:
-        from bench.record.rehearsal import METADATA, small
-
-        recorder, sizes = Recorder(options.out or Path("out/rehearsal"), records.metadata() | METADATA, rehearse=True), small()
-    else:
+    if not options.rehearse:
         records.gpu()
-        recorder = Recorder(options.out or Path("out/record"), records.metadata())
-    recorder.out.mkdir(parents=True, exist_ok=True)
-    if (recorder.out / RECORD).exists():
+    out = options.out or Path("out/rehearsal" if options.rehearse else "out/record")
+    out.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(out, records.metadata() | (METADATA if options.rehearse else {}), options.rehearse)
+    if (out / RECORD).exists():
         if not options.resume:
-            parser.error(f"{recorder.out} holds a record: --resume goes on with it")
+            parser.error(f"{out} holds a record: --resume goes on with it")
         if reason := recorder.resume():
             parser.error(f"--resume: {reason}")
-    with sizes:  # of problems, for which the pictures ask
+    with small() if options.rehearse else nullcontext():  # problems, for whose sizes the pictures ask
         recorder.run(options.minutes or MINUTES)
-    print(f"{recorder.out / 'record.md'}")
+    print(out / PAGE)
     return int(any(step["status"] == "failed" for step in recorder.record["steps"].values()))
 
 

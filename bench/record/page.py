@@ -111,11 +111,7 @@ def _training(record: dict[str, Any]):
     found = _files(record, "train")
     if not found or not any(run["status"] == "measured" for run in found[-1]["runs"].values()):
         return None
-    result = found[-1]
-    if record["rehearsal"]:  # with all panels, for which the interpreter has no figures
-        runs = {name: run | {"peak_bytes": 2**30} for name, run in result["runs"].items()}
-        result = result | {"interpreted": False, "runs": runs}
-    return training.picture(result)
+    return training.picture(found[-1])
 
 
 def _speed(record: dict[str, Any]):

@@ -64,7 +64,7 @@ class Recorder:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.out, self.clock = out, clock
-        self.perform = perform or (lambda step, folder, minutes: self._in_process(step, folder, minutes))
+        self.perform = perform or self._in_process
         self.record: Record = {"metadata": metadata, "rehearsal": rehearse, "steps": {}, "files": {}}
 
     def resume(self) -> str:
@@ -131,7 +131,8 @@ class Recorder:
         if self.record["rehearsal"]:
             command.append("--rehearse")
             environment |= {"TRITON_INTERPRET": "0" if step.name == "host" else "1"}
-        with open(self.out / LOG, "ab") as log:
+        path = self.out / LOG
+        with path.open("ab") as log:
             log.write(f"\n== {step.name}: {step.what}\n".encode())
             log.flush()
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -149,12 +150,12 @@ class Recorder:
                 if late:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        _cut(self.out / LOG)
+        path.write_bytes(path.read_bytes()[-LOG_BYTES:])
         if file.exists():
             return Outcome(**json.loads(file.read_text()))
-        return (
-            Outcome("out of time", "it was ended") if late else Outcome("failed", f"its process ended with exit code {process.returncode}")
-        )
+        if late:
+            return Outcome("out of time", "it was ended")
+        return Outcome("failed", f"its process ended with exit code {process.returncode}")
 
     def _restore(self, folder: Path) -> None:
         for name, content in self.record["files"].items():
@@ -172,8 +173,3 @@ class Recorder:
     def save(self, draw: bool = False) -> None:
         records.write(self.out / RECORD, self.record, lines="files")
         page.write(self.out, self.record, draw)
-
-
-def _cut(path: Path) -> None:
-    if path.stat().st_size > LOG_BYTES:
-        path.write_bytes(path.read_bytes()[-LOG_BYTES:])

@@ -6,22 +6,17 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from bench import records
+from bench.record.rehearsal import stand_ins
 from bench.record.steps import STEPS, Outcome
+from triton_rmsnorm.runtime import table
 
 FILE = "outcome.json"  # not part of the record's files
 
 
 def main(name: str, folder: Path, minutes: float, rehearse: bool) -> None:
-    from triton_rmsnorm.runtime import table
-
     records.RESULTS, table.SHIPPED = folder, folder / "tuned"  # what this record tunes is what it measures
-    stand_ins = nullcontext()
-    if rehearse:
-        from bench.record.rehearsal import stand_ins as rehearsed
-
-        stand_ins = rehearsed()
     try:
-        with stand_ins:
+        with stand_ins() if rehearse else nullcontext():
             outcome = STEPS[name].run(folder, minutes)
     except (Exception, SystemExit) as error:
         outcome = Outcome("failed", f"{type(error).__name__}: {error}".split("\n")[0][:300])
