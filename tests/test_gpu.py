@@ -12,19 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from variants import id_of, ours
+from torch.utils._pytree import tree_leaves
+from variants import Drawn, Problem, assert_rows_do_not_depend_on_their_batch, assert_same, gpu, id_of, ours
 
 from triton_rmsnorm import patch, rms_norm
 from triton_rmsnorm.reference import Inputs, Spec
 from triton_rmsnorm.runtime import autotune, launch, table
 from triton_rmsnorm.runtime.config import Key
 from triton_rmsnorm.runtime.timing import time_interleaved
-from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
+from triton_rmsnorm.testing import Results, draw
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(launch.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and kernels that are not interpreted"),
-]
+pytestmark = gpu
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EPS = 1e-6
@@ -36,41 +34,10 @@ KINDS = {
 }
 
 
-class Problem:
-    """Random tensors for one norm, and what is computed from them."""
-
-    def __init__(self, kind: str, m: int, n: int, dtype=BF16, weight_dtype: torch.dtype | None = None, device="cuda", **fields):
-        self.spec = Spec((n,), EPS, **KINDS[kind], **fields)
-        x, weight, dy = draw((m, n), dtype, device), draw((n,), weight_dtype or dtype, device), draw((m, n), dtype, device)
-        residual = gate = self.dresidual_out = None
-        if kind == "residual":
-            residual, self.dresidual_out = draw((m, n), dtype, device), draw((m, n), dtype, device)
-        if "gate" in kind:
-            gate = draw((m, n), dtype, device)
-        self.inputs, self.dy = Inputs(x, weight, residual, gate), dy
-
-    def rows(self, rows: slice) -> "Problem":
-        """The same with some of the rows."""
-        some = object.__new__(Problem)
-        some.spec = self.spec
-        x, weight, residual, gate = self.inputs
-        some.inputs = Inputs(x[rows], weight, None if residual is None else residual[rows], None if gate is None else gate[rows])
-        some.dy = self.dy[rows]
-        some.dresidual_out = None if self.dresidual_out is None else self.dresidual_out[rows]
-        return some
-
-    def run(self) -> Results:
-        return run(ours(self.spec), self.inputs, self.dy, self.dresidual_out)
-
-    def check(self, results: Results | None = None) -> None:
-        assert_within_budget(results or self.run(), expected(self.inputs, self.dy, self.spec, self.dresidual_out))
-
-
-def assert_same(ours: Results, theirs: Results, *names: str) -> None:
-    """Bit for bit."""
-    assert ours.present.keys() == theirs.present.keys()
-    for name in names or theirs.present:
-        assert torch.equal(ours.present[name], theirs.present[name]), name
+def drawn(kind: str, m: int, n: int, dtype=BF16, weight_dtype: torch.dtype | None = None, device="cuda", **fields) -> Drawn:
+    """Random tensors for one norm."""
+    residual, gate = dtype if kind == "residual" else None, dtype if "gate" in kind else None
+    return Problem((m, n), dtype, weight_dtype or dtype, residual, gate, fields={"eps": EPS, **KINDS[kind], **fields}).draw(device)
 
 
 @pytest.fixture(params=["clusters", "no_clusters"])
@@ -96,27 +63,27 @@ GRID += [(kind, *dtypes) for kind in KINDS if kind != "plain" for dtypes in SAME
 @pytest.mark.parametrize("n", SHORT)
 @pytest.mark.parametrize(("kind", "dtype", "weight_dtype"), GRID, ids=id_of)
 def test_grid(kind, dtype, weight_dtype, n):
-    Problem(kind, 199, n, dtype, weight_dtype).check()
+    drawn(kind, 199, n, dtype, weight_dtype).check()
 
 
 @pytest.mark.parametrize("n", LONG)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=id_of)
 def test_grid_of_long_rows(dtype, kind, n, clusters):
-    Problem(kind, 19, n, dtype).check()
+    drawn(kind, 19, n, dtype).check()
 
 
 @pytest.mark.parametrize("n", [127, 4096, 20_000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_double_precision(kind, n):
-    Problem(kind, 9, n, F64).check()
+    drawn(kind, 9, n, F64).check()
 
 
 def test_clusters_and_blocks_are_reached(clusters):
     """The grid above has rows in clusters where there are any, and rows in blocks both ways."""
     with launch.recorded() as launches:
         for n in LONG:
-            Problem("plain", 3, n).run()
+            drawn("plain", 3, n).run()
     ctas = {step: {one.launch.options["num_ctas"] for one in launches if one.step == step} for step in ("forward", "backward")}
     blocked = {one.step for one in launches if one.launch.values.get("BLOCK_N", 1 << 30) < one.launch.values.get("N", 0)}
     if launch.device_of(torch.device("cuda")).max_ctas > 1:
@@ -128,41 +95,34 @@ def test_clusters_and_blocks_are_reached(clusters):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "group_size"), [(4096, 128), (8192, 1024), (300, 100), (65536, 32768)])
 def test_groups(n, group_size, kind):
-    Problem(kind, 19, n, group_size=group_size).check()
+    drawn(kind, 19, n, group_size=group_size).check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [100, 4096, 20_000])
 def test_without_gradients(kind, n):
     """The same bits, before and after a call that needs gradients: another kernel, which stores no rstd."""
-    problem = Problem(kind, 37, n)
+    problem = drawn(kind, 37, n)
     with torch.no_grad():
         before = ours(problem.spec)(*problem.inputs)
     results = problem.run()
     with torch.no_grad():
         after = ours(problem.spec)(*problem.inputs)
     for outputs in (before, after):
-        y, residual_out = outputs if isinstance(outputs, tuple) else (outputs, None)
-        assert torch.equal(y, results.y)
-        assert residual_out is None or torch.equal(residual_out, results.residual_out)
-
-
-def wait() -> None:
-    """Keeps the current stream busy for some milliseconds."""
-    torch.cuda._sleep(20_000_000)
+        assert_same(tree_leaves(outputs), [y for y in results[:2] if y is not None])
 
 
 @pytest.mark.parametrize("n", [1000, 20_000])
 def test_stream_that_is_not_the_default_one(n):
     """Launches wait for what their stream has to do first, also the backward's, which runs in another thread."""
-    problem = Problem("plain", 199, n)
+    problem = drawn("plain", 199, n)
     alone = problem.run()
-    late = Problem("plain", 199, n)
+    late = drawn("plain", 199, n)
     late.inputs.weight.copy_(problem.inputs.weight)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        wait()
+        torch.cuda._sleep(20_000_000)  # keeps the stream busy for some milliseconds
         late.inputs.x.copy_(problem.inputs.x)
         late.dy.copy_(problem.dy)
         results = late.run()
@@ -172,7 +132,7 @@ def test_stream_that_is_not_the_default_one(n):
 
 def test_two_streams():
     """Calls on two streams at once, with the same shapes and with others."""
-    problems = [Problem("plain", 4096, 4096), Problem("plain", 4096, 4096), Problem("residual", 300, 20_000), Problem("plain", 5000, 64)]
+    problems = [drawn("plain", 4096, 4096), drawn("plain", 4096, 4096), drawn("residual", 300, 20_000), drawn("plain", 5000, 64)]
     alone = [problem.run() for problem in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -190,7 +150,7 @@ def test_two_streams():
 @pytest.mark.parametrize("n", [1000, 4096, 65_536])
 def test_graph(kind, n):
     """Forward and backward in one CUDA graph: each replay computes from what is in the inputs then."""
-    problem, other = Problem(kind, 37, n), Problem(kind, 37, n)
+    problem, other = drawn(kind, 37, n), drawn(kind, 37, n)
     alone = other.run()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -202,9 +162,7 @@ def test_graph(kind, n):
         results = problem.run()
     graph.replay()
     problem.check(results)
-    for static, values in zip(
-        (*problem.inputs, problem.dy, problem.dresidual_out), (*other.inputs, other.dy, other.dresidual_out), strict=True
-    ):
+    for static, values in zip(tree_leaves(problem[1:]), tree_leaves(other[1:]), strict=True):
         if static is not None:
             static.copy_(values)
     graph.replay()
@@ -216,7 +174,7 @@ def test_graph(kind, n):
 def test_two_devices(kind):
     """Kernels run where the tensors are, and the current device stays what it is."""
     for n in (1000, 20_000):
-        here, there = Problem(kind, 37, n, device="cuda:0"), Problem(kind, 37, n, device="cuda:1")
+        here, there = drawn(kind, 37, n, device="cuda:0"), drawn(kind, 37, n, device="cuda:1")
         for problem in (here, there, here, there):
             problem.check()
             assert torch.cuda.current_device() == 0
@@ -231,11 +189,12 @@ def test_more_than_2_31_elements(n):
     x = torch.empty(m, n, dtype=BF16, device="cuda").normal_()
     weight, dy = draw((n,), BF16, "cuda"), torch.zeros_like(x)
     dy[-9:] = draw((9, n), BF16, "cuda")
-    last = run(ours(Spec((n,), EPS)), Inputs(x[-9:], weight), dy[-9:])
-    results = run(ours(Spec((n,), EPS)), Inputs(x, weight), dy)
-    assert torch.equal(results.y[-9:], last.y) and torch.equal(results.dx[-9:], last.dx)
+    batch = Drawn(Spec((n,), EPS), Inputs(x, weight), dy)
+    last = batch.rows(slice(-9, None))
+    results, alone = batch.run(), last.run()
+    assert torch.equal(results.y[-9:], alone.y) and torch.equal(results.dx[-9:], alone.dx)
     assert not results.y[:9].isnan().any() and not results.dx[:-9].any()
-    assert_within_budget(Results(last.y, None, last.dx, results.dweight), expected(Inputs(x[-9:], weight), dy[-9:], Spec((n,), EPS)))
+    last.check(alone._replace(dweight=results.dweight))
 
 
 @pytest.mark.parametrize("n", [64, 999, 4096, 20_000])
@@ -245,7 +204,7 @@ def test_alignment(dtype, shift, n):
     """All tensors, or only one, begin at an address that is a multiple of so few bytes."""
     if shift < dtype.itemsize:
         pytest.skip("less than an element")
-    problem = Problem("plain", 37, n, dtype)
+    problem = drawn("plain", 37, n, dtype)
 
     def shifted(tensor: Tensor) -> Tensor:
         start = shift // dtype.itemsize
@@ -254,20 +213,20 @@ def test_alignment(dtype, shift, n):
         return view.copy_(tensor)
 
     x, weight, dy = problem.inputs.x, problem.inputs.weight, problem.dy
-    for problem.inputs, problem.dy in (
+    for inputs, gradient in (
         (Inputs(shifted(x), shifted(weight)), shifted(dy)),
         (Inputs(shifted(x), weight), dy),
         (Inputs(x, shifted(weight)), dy),
         (Inputs(x, weight), shifted(dy)),
     ):
-        problem.check()
+        problem._replace(inputs=inputs, dy=gradient).check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("m", "n"), [(5000, 1), (5000, 127), (2000, 4096), (300, 20_000), (100, 65_536)])
 def test_deterministic(m, n, kind):
     """The same bits in 100 runs."""
-    problem = Problem(kind, m, n)
+    problem = drawn(kind, m, n)
     first = problem.run()
     for _ in range(100):
         assert_same(problem.run(), first)
@@ -277,40 +236,22 @@ def test_deterministic(m, n, kind):
 @pytest.mark.parametrize("n", [1, 64, 127, 1000, 4096, 8192, 20_000, 32_768, 65_536])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=id_of)
 def test_rows_do_not_depend_on_their_batch(dtype, n, kind):
-    """Outputs and gradients of a row are the same bits alone, among a few, and in a batch of many tiles."""
-    problem = Problem(kind, 1500 if n <= 8192 else 300, n, dtype)
-    batch = problem.run()
-    of_rows = [name for name in batch.present if name != "dweight"]
-    for rows in (slice(0, 1), slice(7, 8), slice(5, 42), slice(-1, None)):
-        some = problem.rows(rows).run()
-        for name in of_rows:
-            assert torch.equal(some.present[name], batch.present[name][rows]), (name, rows)
-
-
-@pytest.fixture
-def searched(monkeypatch) -> list[Key]:
-    """The keys for which a search is made."""
-    keys: list[Key] = []
-    search = autotune.search
-
-    def spied(key, *arguments):
-        keys.append(key)
-        return search(key, *arguments)
-
-    monkeypatch.setattr(autotune, "search", spied)
-    return keys
-
-
-def cached() -> set[Key]:
-    device = launch.device_of(torch.device("cuda"))
-    return set(table.read(autotune.cache_file(device, False), device))
+    assert_rows_do_not_depend_on_their_batch(drawn(kind, 1500 if n <= 8192 else 300, n, dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [256, 4096, 20_000])
-def test_tuning_on_first_use(n, kind, tuned, searched, monkeypatch):
+def test_tuning_on_first_use(n, kind, tuned, monkeypatch):
     """The same bits as without it; what was found is kept for the next process; nothing is searched while a graph is captured."""
-    problem = Problem(kind, 199, n)
+    searched: list[Key] = []
+    search = autotune.search
+    monkeypatch.setattr(autotune, "search", lambda key, *rest: searched.append(key) or search(key, *rest))
+
+    def cached() -> set[Key]:
+        device = launch.device_of(torch.device("cuda"))
+        return set(table.read(autotune.cache_file(device, False), device))
+
+    problem = drawn(kind, 199, n)
     with monkeypatch.context() as off:
         off.setattr(table, "search", None)
         untuned = problem.run()
@@ -358,7 +299,7 @@ def test_a_search_gives_its_memory_back(direction, full):
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory(kind):
     """A forward keeps its outputs and rstd, nothing else; a backward its gradients."""
-    problem = Problem(kind, 1024, 4096)
+    problem = drawn(kind, 1024, 4096)
     problem.run()
     leaves = [tensor.requires_grad_() for tensor in problem.inputs if tensor is not None]
     gc.collect()
@@ -409,13 +350,13 @@ def compiler(monkeypatch) -> Iterator[None]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, mode, compiler):
     """Inductor, alone and with CUDA graphs: the bits of eager, on other values too, in one graph."""
-    problems = [Problem(kind, 64, 1024) for _ in range(2)]
+    problems = [drawn(kind, 64, 1024) for _ in range(2)]
     expected = [problem.run() for problem in problems]
     compiled = torch.compile(ours(problems[0].spec), fullgraph=True, mode=None if mode == "default" else mode)
     for _ in range(3):  # CUDA graphs warm up, capture and replay
         for problem, eager in zip(problems, expected, strict=True):
             torch.compiler.cudagraph_mark_step_begin()
-            assert_same(run(compiled, problem.inputs, problem.dy, problem.dresidual_out), eager)
+            assert_same(problem.run(compiled), eager)
     if mode == "reduce-overhead":
         assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 

@@ -8,28 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from variants import BLOCKED, N, block_n, every_function, leaves, offsets_of
+from variants import (
+    BLOCKED,
+    Drawn,
+    N,
+    Problem,
+    assert_rows_do_not_depend_on_their_batch,
+    assert_same,
+    block_n,
+    every_function,
+    leaves,
+    offsets_of,
+    ours,
+)
 
-from triton_rmsnorm import rms_norm, testing
 from triton_rmsnorm.reference import Inputs, Needs, Spec
 from triton_rmsnorm.runtime import config, launch, plan
 from triton_rmsnorm.runtime.layout import Layout
-from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected
-
-
-def run(x: Tensor, weight: Tensor | None, dy: Tensor) -> Results:
-    return testing.run(lambda x, weight, *_: rms_norm(x, x.shape[-1:], weight), Inputs(x, weight), dy)
-
-
-def problem(shape: tuple[int, ...], device: torch.device, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(shape, dtype, device), draw(shape[-1:], dtype, device), draw(shape, dtype, device)
-
-
-def assert_same(ours: Results, theirs: Results) -> None:
-    """Bit for bit."""
-    assert ours.present.keys() == theirs.present.keys()
-    for name, result in theirs.present.items():
-        assert torch.equal(ours.present[name], result), name
+from triton_rmsnorm.testing import draw
 
 
 def test_memory_is_poisoned(device):
@@ -55,22 +51,14 @@ SHAPES = [(199, 1), (1100, 64), (70, 1000), (5, max(BLOCKED))]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_do_not_depend_on_their_batch(shape, dtype, device):
-    """y and dx of a row alone, first, or elsewhere in a batch: bit for bit the same; and all of it when it is computed again."""
-    x, weight, dy = problem(shape, device, dtype)
-    batch = run(x, weight, dy)
-    assert_same(run(x, weight, dy), batch)
-    for rows in ([0], [shape[0] - 1, 3], list(range(1, shape[0]))):
-        some = run(x[rows], weight, dy[rows])
-        assert torch.equal(some.y, batch.y[rows]) and torch.equal(some.dx, batch.dx[rows])
+    assert_rows_do_not_depend_on_their_batch(Problem(shape, dtype, dtype).draw(device))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stand_in", [config.SM_80, config.SM_90], ids=lambda stand_in: stand_in.name)
 def test_rows_do_not_depend_on_their_batch_on_devices(stand_in, device, run_as):
     run_as(stand_in)
-    x, weight, dy = problem((45, 1000), device)
-    batch, one = run(x, weight, dy), run(x[11:12], weight, dy[11:12])
-    assert torch.equal(one.y, batch.y[11:12]) and torch.equal(one.dx, batch.dx[11:12])
+    assert_rows_do_not_depend_on_their_batch(Problem((5, 1000)).draw(device))
 
 
 @pytest.mark.parametrize("stand_in", [config.SM_80, config.SM_90, config.GFX942], ids=lambda stand_in: stand_in.name)
@@ -130,7 +118,7 @@ def test_touches_what_it_should(shape, group_size, stand_in, device, run_as, lau
     n = shape[-1]
     x = draw((*shape[:-1], n + 7), torch.float32, device)[..., 3 : n + 3]
     weight, dy = draw((2 * n,), torch.float32, device)[::2], draw((*shape[:-1], n + 4), torch.float32, device)[..., :n]
-    testing.run(lambda x, weight, *_: rms_norm(x, (n,), weight, group_size=group_size), Inputs(x, weight), dy)
+    Drawn(Spec((n,), 1e-6, group_size), Inputs(x, weight), dy).run()
 
     pointers = {}
     for recorded in launches:
@@ -161,24 +149,22 @@ def test_offsets_beyond_2_31(device, request):
     weight = base.as_strided((n,), (column,), 256)
     for tensor in (x, dy, weight):
         tensor.copy_(draw(tensor.shape, torch.float16, device))
-    spec = Spec((n,), torch.finfo(torch.float32).eps)
-    assert_within_budget(run(x, weight, dy), expected(Inputs(x, weight), dy, spec))
+    Drawn(Spec((n,), 1e-6), Inputs(x, weight), dy).check()
 
 
 def test_threads(device):
     """Two threads at once, and backward in another thread than forward, as autograd has it on a GPU."""
-    problems = [problem((199, n), device) for n in (64, 1000, 128, 768)]
-    alone = [run(*arguments) for arguments in problems]
+    problems = [Problem((199, n)).draw(device) for n in (64, 1000, 128, 768)]
+    alone = [problem.run() for problem in problems]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):
-            for ours, theirs in zip(pool.map(lambda arguments: run(*arguments), problems), alone, strict=True):
-                assert_same(ours, theirs)
+            assert_same(list(pool.map(Drawn.run, problems)), alone)
 
-        x, weight, dy = problems[0]
+        spec, (x, weight, *_), dy, _ = problems[0]
         x, weight = x.requires_grad_(), weight.requires_grad_()
-        y = rms_norm(x, x.shape[-1:], weight)
+        y = ours(spec)(x, weight)
         pool.submit(y.backward, dy).result()
-    assert_same(Results(y.detach(), dx=x.grad, dweight=weight.grad), alone[0])
+    assert_same([y.detach(), x.grad, weight.grad], list(alone[0].present.values()))
 
 
 class FakeKernel:

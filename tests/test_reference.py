@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from variants import Drawn, Problem
 
 from triton_rmsnorm import reference
-from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec
-from triton_rmsnorm.testing import Results, assert_within_budget, draw, expected, run
+from triton_rmsnorm.reference import BackwardInputs, Inputs
+from triton_rmsnorm.testing import Results
 
 FIELDS = {
     "plain": {},
@@ -18,12 +18,13 @@ FIELDS = {
 }
 
 
-def problem(spec: Spec, dtype: torch.dtype = torch.float64) -> tuple[Inputs, Tensor]:
-    gate = draw((19, 2, 96), dtype) if spec.activation else None
-    return Inputs(draw((19, 2, 96), dtype), draw((2, 96), dtype), gate=gate), draw((19, 2, 96), dtype)
+def drawn(fields: dict, dtype: torch.dtype = torch.float64) -> Drawn:
+    gate = dtype if "activation" in fields else None
+    return Problem((19, 2, 96), dtype, dtype, gate=gate, normalized=2, fields=fields).draw("cpu")
 
 
-def closed_form(inputs: Inputs, dy: Tensor, spec: Spec) -> Results:
+def closed_form(given: Drawn) -> Results:
+    spec, inputs, dy, _ = given
     y, rstd, _ = reference.forward(inputs, spec)
     return Results(y, None, *reference.backward(BackwardInputs(dy, None, inputs.x, inputs.weight, inputs.gate, rstd), spec))
 
@@ -31,21 +32,18 @@ def closed_form(inputs: Inputs, dy: Tensor, spec: Spec) -> Results:
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_closed_form(dtype, fields):
-    spec = Spec((2, 96), 1e-6, **fields)
-    inputs, dy = problem(spec, dtype)
-    want = expected(inputs, dy, spec)
-    assert_within_budget(closed_form(inputs, dy, spec), want)
+    given = drawn(fields, dtype)
+    given.check(closed_form(given))
     if dtype == torch.float64:
-        by_autograd = run(lambda *tensors: reference.forward(Inputs(*tensors), spec).y, inputs, dy)
-        assert_within_budget(by_autograd, want)
+        given.check(given.run(lambda *tensors: reference.forward(Inputs(*tensors), given.spec).y))
 
 
 @pytest.mark.parametrize("field", ["x_hat_dtype", "rstd_dtype"])
 def test_roundings_count_as_the_identity(field):
     """A rounding moves the gradients by no more than it moves what it rounds: by one eps of its dtype."""
-    spec = Spec((2, 96), 1e-6)
-    inputs, dy = problem(spec)
-    plain, rounded = (closed_form(inputs, dy, s).present for s in (spec, spec._replace(**{field: torch.bfloat16})))
+    given = drawn({})
+    spec = given.spec._replace(**{field: torch.bfloat16})
+    plain, rounded = closed_form(given).present, closed_form(given._replace(spec=spec)).present
     assert not torch.equal(plain["y"], rounded["y"])
     for name, before in plain.items():
         moved = (rounded[name].double() - before).abs().amax(-1) / before.abs().amax(-1)

@@ -2,57 +2,23 @@
 
 import itertools
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from variants import BLOCKED, block_n, id_of, ours, torchs
+from variants import BLOCKED, Drawn, Problem, assert_same, block_n, id_of, ours, torchs
 
 from triton_rmsnorm import AddRMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
 from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import config, kernels, launch
-from triton_rmsnorm.testing import Results, allow, assert_within_budget, draw, expect, expected, longdouble, run, ulp
+from triton_rmsnorm.testing import Results, allow, assert_within_budget, draw, expect, longdouble, run, ulp
 
 F16, BF16, F32, F64 = DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LONG = max(BLOCKED)
 SOME_COLUMNS = [1, 127, 1000, LONG]
 COLUMNS = [2, 128, 768, 1023, *sorted({n - 1 for n in BLOCKED} | {min(BLOCKED)}), 9000]
 EPS = 1e-5
-
-
-class Problem(NamedTuple):
-    """The shape of x, the dtypes of the tensors that there are, and fields of the Spec."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = F32
-    weight: torch.dtype | None = F32
-    residual: torch.dtype | None = None
-    gate: torch.dtype | None = None
-    normalized: int = 1  # dimensions
-    fields: dict[str, Any] = {}  # noqa: RUF012
-
-    @property
-    def spec(self) -> Spec:
-        eps = torch.finfo(F64 if self.dtype == F64 else F32).eps
-        return Spec(self.shape[-self.normalized :], **{"eps": eps} | self.fields)
-
-    def inputs(self, device: torch.device) -> Inputs:
-        shapes = self.shape, self.spec.normalized_shape, self.shape, self.shape
-        dtypes = self.dtype, self.weight, self.residual, self.gate
-        return Inputs(*(draw(shape, dtype, device) if dtype else None for shape, dtype in zip(shapes, dtypes, strict=True)))
-
-    def check(self, device: torch.device) -> None:
-        """Outputs and gradients are within the budget, and have the dtypes and shapes of the inputs."""
-        inputs, dy = self.inputs(device), draw(self.shape, self.dtype, device)
-        dresidual_out = draw(self.shape, self.residual, device) if self.residual else None
-        results = run(ours(self.spec), inputs, dy, dresidual_out)
-        for name, tensor in inputs._asdict().items():
-            if tensor is not None:
-                gradient = results.present[f"d{name}"]
-                assert (gradient.dtype, gradient.shape) == (tensor.dtype, tensor.shape)
-        assert results.y.dtype == self.dtype
-        assert_within_budget(results, expected(inputs, dy, self.spec, dresidual_out))
 
 
 def gated(activation: str, before: bool, **fields: Any) -> dict[str, Any]:
@@ -108,7 +74,7 @@ PROBLEMS = {
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from the interpreter, of rows beyond the last
 @pytest.mark.parametrize("problem", [pytest.param(p, id=f"{name}{i}") for name, some in PROBLEMS.items() for i, p in enumerate(some)])
 def test_values(problem, device):
-    problem.check(device)
+    problem.draw(device).check()
 
 
 DEVICES = {
@@ -135,7 +101,7 @@ MORE += [problem._replace(dtype=F32, residual=None, gate=F32, fields=gated("silu
 )
 def test_configurations_of_devices(stand_in, problem, device, run_as):
     run_as(DEVICES[stand_in])
-    problem.check(device)
+    problem.draw(device).check()
 
 
 @pytest.mark.slow
@@ -144,7 +110,7 @@ def test_blocks_of_devices(stand_in, device, run_as):
     """A backward in blocks of columns, dweight spread over grid axis 2."""
     run_as(DEVICES[stand_in])
     assert block_n("backward", 16400, DEVICES[stand_in]) < 16400
-    Problem((2, 16400)).check(device)
+    Problem((2, 16400)).draw(device).check()
 
 
 @pytest.mark.parametrize("eps", [None, 1e-6])
@@ -153,9 +119,8 @@ def test_precision_of_eps(dtype, eps, device):
     """Rows whose mean square is about eps show which eps it is: that of the arithmetic, not of the dtype, with all its digits."""
     exact = eps or torch.finfo(torch.float64 if dtype == F64 else F32).eps
     x, weight, dy = (draw(shape, dtype, device) for shape in ((199, 64), (64,), (199, 64)))
-    inputs = Inputs((x * exact**0.5).to(dtype), weight)
-    results = run(lambda x, weight, *_: rms_norm(x, (64,), weight, eps), inputs, dy)
-    assert_within_budget(results, expected(inputs, dy, Spec((64,), exact)))
+    drawn = Drawn(Spec((64,), exact), Inputs((x * exact**0.5).to(dtype), weight), dy)
+    drawn.check(drawn.run(lambda x, weight, *_: rms_norm(x, (64,), weight, eps)))
 
 
 ROUNDINGS = [
@@ -185,7 +150,7 @@ def test_roundings(dtype, weight_dtype, x_hat_dtype, rstd_dtype, n, device, laun
     if x_hat_dtype is not None:
         x_hat = x_hat.to(x_hat_dtype)
     product = x_hat if weight is None else x_hat * weight.to(torch.promote_types(weight.dtype, x_hat.dtype))
-    torch.testing.assert_close(results.y, product.to(results.y.dtype), rtol=0, atol=0)
+    assert_same(results.y, product.to(results.y.dtype))
     assert results.y.dtype == (dtype if x_hat_dtype is None else product.dtype)
 
     exact_dy, exact_x_hat = longdouble(dy), longdouble(x_hat)
@@ -222,15 +187,15 @@ NEEDED = [
 def test_needs_grad(problem, needed, device, launches):
     """What needs no gradient gets none and costs nothing, and the other gradients do not change."""
     needed = set(needed.split())
-    inputs, dys = problem.inputs(device), (draw(problem.shape, problem.dtype, device), draw(problem.shape, F32, device))
-    everything = run(ours(problem.spec), inputs, *dys)
-    leaves = {name: t.detach().requires_grad_(name in needed) for name, t in inputs._asdict().items() if t is not None}
+    drawn = problem.draw(device)
+    everything = drawn.run()
+    leaves = {name: t.detach().requires_grad_(name in needed) for name, t in drawn.inputs._asdict().items() if t is not None}
     outputs = ours(problem.spec)(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert torch.equal(outputs[0], everything.y) and outputs[0].requires_grad == bool(needed)
     launches.clear()
     if needed:
-        torch.autograd.backward(outputs, dys[: len(outputs)])
+        torch.autograd.backward(outputs, (drawn.dy, drawn.dresidual_out)[: len(outputs)])
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == (name in needed)
         assert leaf.grad is None or torch.equal(leaf.grad, everything.present[f"d{name}"])
@@ -276,8 +241,7 @@ def test_nothing(shape, ndim, device, launches):
     for dtype in (BF16, F64):
         inputs, dy = Inputs(draw(shape, dtype, device), draw(shape[-ndim:], dtype, device)), draw(shape, dtype, device)
         results, theirs = (run(lambda x, w, *_, f=f: f(x, shape[-ndim:], w), inputs, dy) for f in (rms_norm, torchs))
-        for name, result in theirs.present.items():
-            torch.testing.assert_close(results.present[name], result, rtol=0, atol=0)
+        assert_same(results, theirs)
         assert torch.equal(results.dweight, torch.zeros_like(inputs.weight))
     assert not launches
 
@@ -298,7 +262,7 @@ def test_strided_and_expanded_gradients(device):
     cotangents = draw((64, 6), F64, device).T, torch.ones((), dtype=F64, device=device).expand(6, 64)
     strided = torch.autograd.grad(outputs, (x, r), cotangents, retain_graph=True)
     dense = torch.autograd.grad(outputs, (x, r), [t.contiguous() for t in cotangents])
-    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+    assert_same(strided, dense)
 
 
 def test_modules(device):
@@ -306,7 +270,7 @@ def test_modules(device):
     assert torch.equal(add.weight, torch.zeros_like(add.weight)), "a factor of 1"
     assert "weight_offset=1.0" in repr(add) and list(add.state_dict()) == ["weight"]
     x, r = draw((9, 64), F32, device), draw((9, 64), F32, device)
-    assert all(map(torch.equal, add(x, r), add_rms_norm(x, r, (64,), add.weight, EPS, weight_offset=1.0)))
+    assert_same(add(x, r), add_rms_norm(x, r, (64,), add.weight, EPS, weight_offset=1.0))
     options = {"activation": "sigmoid", "norm_before_gate": False, "group_size": 16}
     gate = RMSNormGated(64, eps=EPS, **options, device=device)
     assert torch.equal(gate(x, r), rms_norm_gated(x, r, (64,), gate.weight, EPS, **options))

@@ -1,4 +1,4 @@
-"""The public functions with their options as functions of tensors alone, each with the same made of torch's own operations."""
+"""The norms of the tests: random tensors for any Spec, and the public functions with the same made of torch's own operations."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
-from triton_rmsnorm.reference import Spec
-from triton_rmsnorm.runtime import config
-from triton_rmsnorm.testing import draw
+from triton_rmsnorm.reference import Inputs, Spec
+from triton_rmsnorm.runtime import config, launch
+from triton_rmsnorm.testing import Norm, Results, assert_within_budget, draw, expected, run
 
 
 class Variant(NamedTuple):
@@ -69,7 +69,13 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIAN
 every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
-def ours(spec: Spec) -> Callable[..., Any]:
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(launch.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and kernels that are not interpreted"),
+]
+
+
+def ours(spec: Spec) -> Norm:
     """The public function that computes `spec`, as norm(x, weight, residual, gate)."""
     options = spec._asdict()
     shape, eps, gate_options = options.pop("normalized_shape"), options.pop("eps"), ("activation", "norm_before_gate")
@@ -83,6 +89,75 @@ def ours(spec: Spec) -> Callable[..., Any]:
         return rms_norm(x, shape, weight, eps, **options)
 
     return norm
+
+
+class Problem(NamedTuple):
+    """The shape of x, the dtypes of the tensors that there are, and fields of the Spec."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    weight: torch.dtype | None = torch.float32
+    residual: torch.dtype | None = None
+    gate: torch.dtype | None = None
+    normalized: int = 1  # dimensions
+    fields: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def spec(self) -> Spec:
+        eps = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).eps
+        return Spec(self.shape[-self.normalized :], **{"eps": eps} | self.fields)
+
+    def draw(self, device: torch.device | str) -> "Drawn":
+        shapes = self.shape, self.spec.normalized_shape, *4 * [self.shape]
+        dtypes = self.dtype, self.weight, self.residual, self.gate, self.dtype, self.residual
+        *inputs, dy, dresidual_out = (draw(shape, dtype, device) if dtype else None for shape, dtype in zip(shapes, dtypes, strict=True))
+        return Drawn(self.spec, Inputs(*inputs), dy, dresidual_out)
+
+
+def _rows_of(tensors: Any, rows: slice) -> Any:
+    """Inputs or results for some of the rows, with all of the weight."""
+    return tensors._replace(**{name: t[rows] for name, t in tensors._asdict().items() if t is not None and "weight" not in name})
+
+
+class Drawn(NamedTuple):
+    """Tensors for one norm, and what is computed from them."""
+
+    spec: Spec
+    inputs: Inputs
+    dy: Tensor
+    dresidual_out: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Drawn":
+        """The same with some of the rows."""
+        dresidual_out = None if self.dresidual_out is None else self.dresidual_out[rows]
+        return Drawn(self.spec, _rows_of(self.inputs, rows), self.dy[rows], dresidual_out)
+
+    def run(self, norm: Norm | None = None) -> Results:
+        return run(norm or ours(self.spec), self.inputs, self.dy, self.dresidual_out)
+
+    def check(self, results: Results | None = None) -> None:
+        """Outputs and gradients are within the budget, and have the dtypes and shapes of the inputs."""
+        results = results or self.run()
+        for name, tensor in self.inputs._asdict().items():
+            if tensor is not None:
+                gradient = results.present[f"d{name}"]
+                assert (gradient.dtype, gradient.shape) == (tensor.dtype, tensor.shape)
+        assert results.y.dtype == self.inputs.x.dtype
+        assert_within_budget(results, expected(self.inputs, self.dy, self.spec, self.dresidual_out))
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Sequences or mappings of tensors are equal bit for bit, with None only where theirs have None."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def assert_rows_do_not_depend_on_their_batch(batch: Drawn) -> None:
+    """Outputs and gradients of a row are the same bits alone, among a few, first or elsewhere; and all are when they are computed again."""
+    results = batch.run()
+    assert_same(batch.run(), results)
+    for rows in (slice(0, 1), slice(3, 4), slice(3, 40), slice(1, None), slice(-1, None)):
+        some = batch.rows(rows).run()
+        assert_same(some._replace(dweight=None), _rows_of(results, rows)._replace(dweight=None))
 
 
 def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
