@@ -14,13 +14,7 @@ from bench.speed import host, report
 from bench.train import report as training
 
 # By the first word of a file's name.
-PICTURES = {
-    "run": report.picture,
-    "audit": picture.picture,
-    "cost": cost.picture,
-    "host": host.picture,
-    "train": training.picture,
-}
+PICTURES = {"run": report.picture, "audit": picture.picture, "cost": cost.picture, "host": host.picture, "train": training.picture}
 
 
 def main(arguments: list[str] | None = None) -> int:

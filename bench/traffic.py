@@ -52,6 +52,10 @@ class _Metadata(NamedTuple):
     offset: int
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Metadata":
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+
 
 def launched(kernel: Any, grid: Any, arguments: dict[str, Any]) -> Launched:
     """A launch with tensors on any device, also without memory."""
@@ -62,15 +66,9 @@ def launched(kernel: Any, grid: Any, arguments: dict[str, Any]) -> Launched:
     return Launched(
         kernel,
         (*shape, *(1,) * (3 - len(shape))),  # type: ignore[arg-type]
-        tuple((name, _described(argument)) for name, argument in arguments.items()),
+        tuple((name, _Metadata.of(value) if isinstance(value, Tensor) else value) for name, value in arguments.items()),
         tuple((numbers.setdefault(storage._cdata, len(numbers)), storage.nbytes()) for storage in storages),
     )
-
-
-def _described(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return _Metadata(tuple(argument.shape), argument.stride(), argument.storage_offset(), argument.dtype)
-    return argument
 
 
 @lru_cache(maxsize=4096)

@@ -103,8 +103,7 @@ def hidden_latency(row: Row, kernel: Kernel) -> list[str]:
     It needs, on sm_90, 24 warps per SM in the forward of up to 8192 columns and 16 beyond, and on every target 1.2 times the bytes in
     flight that keep its memory busy; 1.1 times where more than a quarter of a tile is masked (0.95 with an fp32 weight for half-precision
     rows, which takes registers), and 0.7 times on sm_100: the configurations were chosen on an H200, which has little more than half of its
-    bandwidth per SM. Not looked at are rows that are not contiguous, fewer
-    than 64 columns, and a backward that 8192 rows do not fill.
+    bandwidth per SM. Not looked at are rows that are not contiguous, fewer than 64 columns, and a backward that 8192 rows do not fill.
     """
     problem, target = row.problem, TARGETS[row.target]
     if problem.layout != "contiguous" or problem.n < 64 or (problem.direction == "backward" and not kernel.persistent):

@@ -50,7 +50,8 @@ def _variants(cls: type, package: str) -> list[dict]:
         if type(parameter.default) is bool:
             choices[name] = (True, False)
         elif name == "config":
-            choices[name] = (parameter.annotation if _is_config(parameter.annotation) else package.rpartition(".")[2],)
+            is_class = isinstance(parameter.annotation, type) and issubclass(parameter.annotation, PreTrainedConfig)
+            choices[name] = (parameter.annotation if is_class else package.rpartition(".")[2],)
         elif "group_size" in name:
             choices[name] = (16, 64) if required else (None, 16)
         elif "n_groups" in name:
@@ -58,10 +59,6 @@ def _variants(cls: type, package: str) -> list[dict]:
         elif name in ("dim", "hidden_size") or (required and "eps" not in name):
             choices[name] = (64,)
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-
-
-def _is_config(annotation) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, PreTrainedConfig)
 
 
 def _class_outcome(cls: type, arguments: dict) -> dict:

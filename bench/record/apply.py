@@ -12,7 +12,6 @@ from triton_rmsnorm.runtime import table
 
 README = records.ROOT / "README.md"
 MARK = "<!--bench.record-->"
-PICTURE = "speed.png"
 
 
 def apply(out: Path) -> list[Path]:
@@ -42,7 +41,7 @@ def apply(out: Path) -> list[Path]:
         else:
             records.write(target, content, lines="rows" if "rows" in content else None)
         written.append(target)
-    if (picture := path.with_name(f"{path.stem}-{PICTURE}")).exists():
+    if (picture := path.with_name(f"{path.stem}-speed.png")).exists():
         _show(picture, page)
         written.append(README)
     for each in written:

@@ -11,7 +11,6 @@ import torch
 from bench import problem, records
 
 METADATA = {"gpu": "REHEARSAL", "driver": "none"}
-ELEMENTS = 1 << 14
 COLUMNS = (64, 128, 256, 1024)
 
 
@@ -19,7 +18,7 @@ COLUMNS = (64, 128, 256, 1024)
 def small() -> Iterator[None]:
     """Problems that the interpreter can do."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(problem, "ELEMENTS", ELEMENTS))
+        stack.enter_context(mock.patch.object(problem, "ELEMENTS", 1 << 14))
         stack.enter_context(mock.patch.object(problem, "HEADS", 4))
         large = [problem.Problem(problem.rows(n), n, direction) for n in COLUMNS for direction in problem.DIRECTIONS[:2]]
         others = [problem.Problem(problem.rows(256), 256, direction, "residual") for direction in problem.DIRECTIONS[:2]]

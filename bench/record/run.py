@@ -23,9 +23,6 @@ SAME = ("gpu", "commit", "triton_rmsnorm", "torch", "triton")  # what a record t
 LOOK = 20  # seconds between two looks at a step that runs
 GRACE = 20  # seconds that a step may take longer than its minutes before it is ended
 
-Record = dict[str, Any]
-Perform = Callable[[Step, Path, float], Outcome]
-
 
 def plan(minutes: float, steps: Iterable[Step]) -> list[Step]:
     """The steps that fit, in their order: those of low rank first, with the least that each needs."""
@@ -60,12 +57,12 @@ class Recorder:
         out: Path,
         metadata: dict,
         rehearse: bool = False,
-        perform: Perform | None = None,
+        perform: Callable[[Step, Path, float], Outcome] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.out, self.clock = out, clock
         self.perform = perform or self._in_process
-        self.record: Record = {"metadata": metadata, "rehearsal": rehearse, "steps": {}, "files": {}}
+        self.record: dict[str, Any] = {"metadata": metadata, "rehearsal": rehearse, "steps": {}, "files": {}}
 
     def resume(self) -> str:
         """Takes over what the folder holds; says why that cannot be, or nothing."""
