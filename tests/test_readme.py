@@ -1,8 +1,6 @@
 """README.md and docs/: the Python blocks run and print what is shown, commands and links exist, and README stays short."""
 
-import contextlib
 import importlib
-import io
 import os
 import re
 import shlex
@@ -29,22 +27,14 @@ COMMANDS = sorted({match for page in PAGES for match in re.findall(r"`python (-m
 LINKS = [(page, link) for page in PAGES for link in sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())))]
 
 
-@pytest.mark.parametrize(("code", "shown"), EXAMPLES, ids=[f"block {i}" for i in range(len(EXAMPLES))])
-def test_examples(code, shown):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    assert printed.getvalue() == shown
-
-
 @pytest.mark.slow
-def test_examples_as_a_reader_runs_them(tmp_path):
-    """One after the other in a fresh process elsewhere, without TRITON_INTERPRET."""
+@pytest.mark.parametrize(("code", "shown"), EXAMPLES, ids=[f"block {i}" for i in range(len(EXAMPLES))])
+def test_examples(code, shown, tmp_path):
+    """As a reader runs them: in a fresh process elsewhere, without TRITON_INTERPRET."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = "\n".join(code for code, _ in EXAMPLES)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "".join(shown for _, shown in EXAMPLES)
+    assert done.stdout == shown
 
 
 def test_what_is_found_in_the_pages():

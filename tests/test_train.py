@@ -13,7 +13,7 @@ import torch
 from bench import plot
 from bench.train import __main__ as command
 from bench.train.job import PRESETS, batches, count_parameters, new_model, read_text
-from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, RECOMPUTED, control, ours
+from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, RECOMPUTED, control
 from bench.train.report import picture
 from bench.train.run import Run, agrees, attempt, judge, largest_difference, tolerance, train, what_fits
 
@@ -173,11 +173,6 @@ def test_recomputed_norms_train_the_same(before, launches):
     assert recomputed.losses == plain.losses and len(plain.losses) == SMALL.steps
     counts = Counter(launched.step for launched in launches)
     assert counts == dict.fromkeys(("forward", "backward", "sum_partials"), 2 * 3 * NORMS) | {"output": 3 * NORMS}
-
-
-def test_nothing_to_replace():
-    with pytest.raises(RuntimeError, match="nothing to replace"):
-        ours(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.slow
