@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
-from variants import Drawn, Problem, assert_rows_do_not_depend_on_their_batch, assert_same, gpu, id_of, ours
+from variants import Drawn, Problem, assert_rows_do_not_depend_on_their_batch, assert_same, id_of, needs_gpu, ours
 
 from triton_rmsnorm import patch, rms_norm
 from triton_rmsnorm.reference import Inputs, Spec
@@ -22,7 +22,7 @@ from triton_rmsnorm.runtime.config import Key
 from triton_rmsnorm.runtime.timing import time_interleaved
 from triton_rmsnorm.testing import Results, draw
 
-pytestmark = gpu
+pytestmark = [pytest.mark.gpu, needs_gpu]
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EPS = 1e-6

@@ -69,10 +69,9 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIAN
 every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(launch.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and kernels that are not interpreted"),
-]
+needs_gpu = pytest.mark.skipif(
+    launch.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU, and kernels that are not interpreted"
+)
 
 
 def ours(spec: Spec) -> Norm:
