@@ -18,13 +18,13 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from variants import BLOCKED, VARIANTS, N, every_function, id_of, leaves, torchs, trained
+from variants import BLOCKED, VARIANTS, Drawn, N, Problem, assert_same, every_function, id_of, leaves, torchs, trained
 
 import triton_rmsnorm
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, reference, rms_norm, rms_norm_gated
 from triton_rmsnorm.reference import BackwardInputs, Inputs, Spec, accumulation_dtype
 from triton_rmsnorm.runtime import launch
-from triton_rmsnorm.testing import Results, assert_within_budget, composed, draw, expected, run
+from triton_rmsnorm.testing import composed, draw
 
 OPINFO = next(op for op in op_db if op.name == "nn.functional.rms_norm" and not op.variant_test_name)
 MODULEINFO = next(module for module in module_db if module.module_cls is torch.nn.RMSNorm)
@@ -39,10 +39,8 @@ def eps_of(x: Tensor, eps: float | None) -> float:
 
 def check(x: Tensor, weight: Tensor | None, normalized_shape, eps: float | None) -> None:
     """rms_norm and its gradients are within the budget of the exact ones."""
-    dy = draw(tuple(x.shape), x.dtype, x.device)
-    inputs = Inputs(x, weight)
-    results = run(lambda x, weight, *_: rms_norm(x, normalized_shape, weight, eps), inputs, dy)
-    assert_within_budget(results, expected(inputs, dy, Spec(tuple(normalized_shape), eps_of(x, eps))))
+    drawn = Drawn(Spec(tuple(normalized_shape), eps_of(x, eps)), Inputs(x, weight), draw(tuple(x.shape), x.dtype, x.device))
+    drawn.check(drawn.run(lambda x, weight, *_: rms_norm(x, normalized_shape, weight, eps)))
 
 
 def test_opinfo_covers_what_we_claim():
@@ -51,7 +49,7 @@ def test_opinfo_covers_what_we_claim():
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=id_of)
-def test_opinfo_samples(dtype, device):
+def test_opinfo_samples(dtype, device, small_tiles):
     samples = list(OPINFO.sample_inputs(device, dtype))
     assert len(samples) >= 6
     for sample in samples:
@@ -65,16 +63,13 @@ def test_opinfo_samples(dtype, device):
 @pytest.mark.parametrize("dtype", COMPLEX, ids=id_of)
 def test_opinfo_complex_samples(dtype, device, launches):
     """Complex input is left to torch: the same bits, also of the gradients and of conjugated views."""
-    for sample in OPINFO.sample_inputs(device, dtype):
-        for view in (lambda t: t, torch.conj):
-            results = []
-            for function in (rms_norm, OPINFO.op):
-                arguments = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in (sample.input, *sample.args)]
-                y = function(view(arguments[0]), *arguments[1:], **sample.kwargs)
-                y.backward(torch.ones_like(y))
-                results.append([y.detach(), *[t.grad for t in arguments if isinstance(t, Tensor)]])
-            for ours, theirs in zip(*results, strict=True):
-                assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    for sample, view in product(OPINFO.sample_inputs(device, dtype), (lambda t: t, torch.conj)):
+        shape, *weight = sample.args
+
+        def results(norm, sample=sample, view=view, shape=shape, weight=weight) -> list[Tensor]:
+            return trained(lambda x, *weight: norm(view(x), shape, *weight, **sample.kwargs), [sample.input, *weight])
+
+        assert_same(results(rms_norm), results(OPINFO.op))
     assert not launches
 
 
@@ -106,7 +101,7 @@ def test_constructor():
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
-def test_moduleinfo(dtype, training, device):
+def test_moduleinfo(dtype, training, device, small_tiles):
     """Every constructor and input that torch tests its module with: attributes, repr, state, results and gradients."""
     inputs = MODULEINFO.module_inputs_func(MODULEINFO, device=device, dtype=dtype, requires_grad=True, training=training)
     assert len(inputs) >= 5
@@ -145,17 +140,13 @@ def test_numbers(numbers, dtype, eps, n, device):
 
     Gradients differ where torch's formula overflows (in 2x, for example) and the closed form does not.
     """
-    x, weight, dy = draw((4, n), dtype, device), draw((n,), dtype, device), draw((4, n), dtype, device)
-
-    def results_of(norm, x: Tensor, dy: Tensor) -> Results:
-        return run(lambda x, weight, *_: norm(x, (n,), weight, eps), Inputs(x, weight), dy)
-
-    plain = results_of(rms_norm, x, dy)
+    drawn = Problem((4, n), dtype, dtype, fields={} if eps is None else {"eps": eps}).draw(device)
+    plain = drawn.run()
+    x, weight, *_ = drawn.inputs
     x[1:3] = numbers(x[1:3])
-    spec = Spec((n,), eps_of(x, eps))
-    ours, theirs = results_of(rms_norm, x, dy), results_of(torchs, x, dy)
-    rstd = reference.forward(Inputs(x, weight), spec).rstd
-    closed = reference.backward(BackwardInputs(dy, None, x, weight, None, rstd), spec)
+    ours, theirs = drawn.run(), drawn.run(lambda x, weight, *_: torchs(x, (n,), weight, eps))
+    rstd = reference.forward(drawn.inputs, drawn.spec).rstd
+    closed = reference.backward(BackwardInputs(drawn.dy, None, x, weight, None, rstd), drawn.spec)
     for our, their in ((ours.y, theirs.y), (ours.dx, closed.dx), (ours.dweight, closed.dweight)):
         assert our.dtype == their.dtype and torch.equal(our.isnan(), their.isnan())
         assert torch.equal(our.isinf(), their.isinf()) and torch.equal(our[our.isinf()], their[our.isinf()])
@@ -166,15 +157,15 @@ def test_numbers(numbers, dtype, eps, n, device):
         assert torch.equal(our[[0, 3]], before[[0, 3]])
     squares = x.to(accumulation_dtype(x)).square().sum(-1)  # what overflows in torch is not exact there
     rows = [i for i in range(4) if all(row[i].isfinite().all() for row in (theirs.y, theirs.dx, squares))]
-    some = results_of(rms_norm, x[rows], dy[rows])
-    assert torch.equal(some.y, ours.y[rows]) and torch.equal(some.dx, ours.dx[rows])
-    assert_within_budget(some, expected(Inputs(x[rows], weight), dy[rows], spec))
+    results = drawn.rows(rows).run()
+    assert_same([results.y, results.dx], [ours.y[rows], ours.dx[rows]])
+    drawn.rows(rows).check(results)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("number", [torch.inf, torch.nan, 1e30, 0.0])
 @pytest.mark.parametrize("name", ["residual", "gate", "gate_first"])
-def test_rows_stay_isolated(name, number, device):
+def test_rows_stay_isolated(name, number, device, small_tiles):
     """A row that holds such a number, in x, residual or gate: NaN where torch's operations make NaN, and nothing in the rows beside."""
     variant = VARIANTS[name]
     for at in (0, 2):
@@ -189,11 +180,11 @@ def test_rows_stay_isolated(name, number, device):
 
 @pytest.mark.parametrize("norm_before_gate", [True, False])
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_activations_pass_nan(activation, norm_before_gate, device):
-    spec = Spec((64,), 1e-6, activation=activation, norm_before_gate=norm_before_gate)
-    x, weight, gate = (draw(shape, torch.float32, device) for shape in ((4, 64), (64,), (4, 64)))
-    gate[1, 2] = torch.nan
-    our, their = (norm(spec)(x, weight, None, gate) for norm in (variants.ours, composed))
+def test_activations_pass_nan(activation, norm_before_gate, device, small_tiles):
+    fields = {"activation": activation, "norm_before_gate": norm_before_gate}
+    spec, inputs, *_ = Problem((4, 64), gate=torch.float32, fields=fields).draw(device)
+    inputs.gate[1, 2] = torch.nan
+    our, their = (norm(spec)(*inputs) for norm in (variants.ours, composed))
     assert torch.equal(our.isnan(), their.isnan()) and our[1, 2].isnan()
 
 
@@ -255,7 +246,7 @@ MODULES = {
 
 
 @pytest.fixture(params=MODULES.values(), ids=MODULES)
-def module(request, device):
+def module(request, device, small_tiles):
     """A module with random weights, and arguments for it."""
     module_class, kwargs, inputs = request.param
     norm = module_class(64, eps=1e-3, device=device, **kwargs)
@@ -311,7 +302,7 @@ def test_module_survives(module, duplicate):
     norm, arguments = module
     other = duplicate(norm)
     assert type(other) is type(norm) and repr(other) == repr(norm) and other.state_dict().keys() == norm.state_dict().keys()
-    assert all(map(torch.equal, trained(other, arguments), trained(norm, arguments)))
+    assert_same(trained(other, arguments), trained(norm, arguments))
 
 
 def test_module_built_on_meta(module):
@@ -323,7 +314,7 @@ def test_module_built_on_meta(module):
     assert all(y.is_meta and y.shape == (3, 64) for y in outputs)
     empty.to_empty(device=arguments[0].device).reset_parameters()
     fresh = type(norm)(64, device=arguments[0].device, **options)
-    assert all(map(torch.equal, trained(empty, arguments), trained(fresh, arguments)))
+    assert_same(trained(empty, arguments), trained(fresh, arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=id_of)
@@ -347,14 +338,15 @@ def test_module_is_inspected(module):
     seen = []
     handles = [norm.register_forward_pre_hook(lambda *_: seen.append("pre")), norm.register_forward_hook(lambda *_: seen.append("post"))]
     norm.register_full_backward_hook(lambda *_: seen.append("backward"))
-    assert all(map(torch.equal, trained(norm, arguments), expected)) and seen == ["pre", "post", "backward"]
+    assert_same(trained(norm, arguments), expected)
+    assert seen == ["pre", "post", "backward"]
     for handle in handles:
         handle.remove()
     if norm.weight is None:
         return
     called = torch.func.functional_call(norm, {"weight": norm.weight.detach() * 2}, tuple(arguments))
     torch.nn.utils.parametrize.register_parametrization(norm, "weight", Doubled())
-    assert all(map(torch.equal, tree_leaves(norm(*arguments)), tree_leaves(called)))
+    assert_same(norm(*arguments), called)
     norm.requires_grad_(False)
     assert not any(y.requires_grad for y in tree_leaves(norm(*arguments)))
 
@@ -365,7 +357,7 @@ def test_checkpoint(module, use_reentrant, launches):
     expected = trained(norm, arguments)
     launches.clear()
     ours = trained(lambda *args: checkpoint(norm, *args, use_reentrant=use_reentrant), arguments)
-    assert all(map(torch.equal, ours, expected))
+    assert_same(ours, expected)
     assert [recorded.step for recorded in launches].count("forward") == 2
 
 
@@ -410,7 +402,7 @@ def test_symbolic_trace(module):
     traced = torch.fx.symbolic_trace(torch.nn.ModuleDict({"norm": norm})["norm"])
     targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert {rms_norm, add_rms_norm, rms_norm_gated} & set(targets)
-    assert all(map(torch.equal, trained(traced, arguments), trained(norm, arguments)))
+    assert_same(trained(traced, arguments), trained(norm, arguments))
 
 
 class Subclass(Tensor):
@@ -434,8 +426,9 @@ def test_torch_function(function, device):
     assert all(type(y) is Subclass for y in outputs)
     with torch.device(device):  # a mode
         moded = tree_leaves(function.ours(*tensors))
-    for ours, other, plain in zip(outputs, moded, tree_leaves(function.ours(*tensors)), strict=True):
-        assert torch.equal(ours.as_subclass(Tensor), plain) and torch.equal(other, plain)
+    plain = tree_leaves(function.ours(*tensors))
+    assert_same([y.as_subclass(Tensor) for y in outputs], plain)
+    assert_same(moded, plain)
 
 
 class Plain(Tensor):
@@ -458,7 +451,7 @@ def run_on_the_cpu() -> None:
         for dtype, eps in product(DTYPES, (None, 1e-5)):
             x, weight = draw((3, 5, 96), dtype), draw((96,), dtype)
             ours, theirs = (trained(lambda x, w, f=f, eps=eps: f(x, (96,), w, eps), (x, weight)) for f in (rms_norm, F.rms_norm))
-            assert all(torch.equal(our, their) and our.dtype == their.dtype for our, their in zip(ours, theirs, strict=True))
+            assert_same(ours, theirs)
             grouped = rms_norm(x, (96,), weight, 1e-6, group_size=32, weight_offset=1.0)
             assert torch.equal(grouped, reference.forward(Inputs(x, weight), spec).y)
             assert torch.equal(RMSNorm(96, dtype=dtype)(x), torch.nn.RMSNorm(96, dtype=dtype)(x))
