@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import triton_rmsnorm
+from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.runtime import launch
 
 X, W = torch.ones(4, 6), torch.ones(6)
+FP8, C64 = torch.float8_e4m3fn, torch.complex64
+REAL = "must be float16, bfloat16, float32 or float64"
 
 # Arguments, and what the message says.
 BAD = {
@@ -23,9 +25,9 @@ BAD = {
     "weight_broadcast": ((X, (6,), torch.ones(1)), "weight must have shape (6,) to match normalized_shape, got (1,)"),
     "weight_device": ((X, (6,), W.to("meta")), "weight must be on the device of input, cpu, got meta"),
     "input_device": ((X.to("meta"), (6,), W), "weight must be on the device of input, meta, got cpu"),
-    "int": ((X.int(), (6,)), "input must be float16, bfloat16, float32 or float64, got torch.int32"),
-    "bool": ((X.bool(), (6,)), "input must be float16, bfloat16, float32 or float64, got torch.bool"),
-    "fp8": ((X.to(torch.float8_e4m3fn), (6,)), "input must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn"),
+    "int": ((X.int(), (6,)), f"input {REAL}, got torch.int32"),
+    "bool": ((X.bool(), (6,)), f"input {REAL}, got torch.bool"),
+    "fp8": ((X.to(FP8), (6,)), f"input {REAL}, got {FP8}"),
     "int_of_wrong_shape": ((X.int(), (5,)), "input must have shape (*, 5), got (4, 6)"),
     "int_with_wrong_weight": ((X.int(), (6,), torch.ones(5)), "weight must have shape (6,) to match normalized_shape, got (5,)"),
     "input_is_array": ((X.numpy(), (6,)), "input must be a Tensor, got ndarray"),
@@ -46,28 +48,35 @@ def test_as_torch(arguments, message):
     with pytest.raises(Exception) as theirs:
         F.rms_norm(*arguments)
     with pytest.raises(theirs.type, match=f"^{re.escape(message)}(;|$)"):  # a phrase of torch's message may follow
-        triton_rmsnorm.rms_norm(*arguments)
+        rms_norm(*arguments)
 
 
-@pytest.mark.parametrize("weight", [W.int(), W.to(torch.float8_e4m3fn), W.to(torch.complex64)], ids=lambda weight: str(weight.dtype))
-def test_weight_dtype(weight):
-    """Torch multiplies by some of these; the kernels by none."""
-    message = f"weight must be float16, bfloat16, float32 or float64, got {weight.dtype}"
-    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
-        triton_rmsnorm.rms_norm(X, (6,), weight)
-
-
-FIELDS = {
-    "group_of_none": ({"group_size": 0}, "group_size must divide the normalized size 6, got 0"),
-    "groups_unequal": ({"group_size": 4}, "group_size must divide the normalized size 6, got 4"),
-    "offset_of_no_weight": ({"weight_offset": 1.0}, "weight_offset must be 0 without a weight, got 1.0"),
+# What torch has not, or does otherwise: it multiplies by weights of some other dtypes.
+OURS = {
+    "int_weight": (lambda: rms_norm(X, (6,), W.int()), NotImplementedError, f"weight {REAL}, got torch.int32"),
+    "fp8_weight": (lambda: rms_norm(X, (6,), W.to(FP8)), NotImplementedError, f"weight {REAL}, got {FP8}"),
+    "complex_weight": (lambda: rms_norm(X, (6,), W.to(C64)), NotImplementedError, f"weight {REAL}, got {C64}"),
+    "group_of_none": (lambda: rms_norm(X, (6,), group_size=0), ValueError, "group_size must divide the normalized size 6, got 0"),
+    "groups_unequal": (lambda: rms_norm_gated(X, X, (6,), group_size=4), ValueError, "group_size must divide the normalized size 6, got 4"),
+    "offset_of_no_weight": (lambda: rms_norm(X, (6,), weight_offset=1.0), ValueError, "weight_offset must be 0 without a weight, got 1.0"),
+    "residual_shape": (lambda: add_rms_norm(X, X[:1], (6,)), RuntimeError, "residual must have the shape of input, (4, 6), got (1, 6)"),
+    "residual_meta": (lambda: add_rms_norm(X, X.to("meta"), (6,)), RuntimeError, "residual must be on the device of input, cpu, got meta"),
+    "int_residual": (lambda: add_rms_norm(X, X.int(), (6,)), NotImplementedError, f"residual {REAL}, got torch.int32"),
+    "no_residual": (lambda: add_rms_norm(X, None, (6,)), TypeError, "residual must be a Tensor, got NoneType"),
+    "complex_input": (lambda: add_rms_norm(X.to(C64), X, (6,)), NotImplementedError, f"input {REAL}, got {C64}"),
+    "gate_shape": (lambda: rms_norm_gated(X, X[..., :4], (6,)), RuntimeError, "gate must have the shape of input, (4, 6), got (4, 4)"),
+    "activation": (
+        lambda: rms_norm_gated(X, X, (6,), activation="swish"),
+        ValueError,
+        "activation must be one of silu, sigmoid, gelu, gelu_tanh, relu, got 'swish'",
+    ),
 }
 
 
-@pytest.mark.parametrize(("fields", "message"), FIELDS.values(), ids=FIELDS)
-def test_fields(fields, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        triton_rmsnorm.rms_norm(X, (6,), **fields)
+@pytest.mark.parametrize(("call", "error", "message"), OURS.values(), ids=OURS)
+def test_beyond_torch(call, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
 
 
 # What torch accepts, too.
@@ -80,24 +89,24 @@ GOOD = {
     "eps_scalar_tensor": (X, (6,), W, torch.tensor(1e-5)),
     "eps_numpy": (X, (6,), W, np.float32(1e-5)),
     "eps_numpy_int": (X, (6,), W, np.int64(1)),
-    "complex": (X.to(torch.complex64), (6,), W.to(torch.complex64), 1e-5),
+    "complex": (X.to(C64), (6,), W.to(C64), 1e-5),
     "meta": (X.to("meta"), (6,), W.to("meta")),
 }
 
 
 @pytest.mark.parametrize("arguments", GOOD.values(), ids=GOOD)
 def test_accepted_as_by_torch(arguments):
-    ours, theirs = triton_rmsnorm.rms_norm(*arguments), F.rms_norm(*arguments)
+    ours, theirs = rms_norm(*arguments), F.rms_norm(*arguments)
     assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
     assert ours.is_meta or torch.allclose(ours, theirs)
 
 
 def test_signature():
-    ours, theirs = (inspect.signature(function) for function in (triton_rmsnorm.rms_norm, F.rms_norm))
+    ours, theirs = (inspect.signature(function) for function in (rms_norm, F.rms_norm))
     positional = [p for p in ours.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs.parameters.values()]
     with pytest.raises(TypeError):
-        triton_rmsnorm.rms_norm(X, (6,), bias=W)
+        rms_norm(X, (6,), bias=W)
 
 
 def test_failed_launch_is_not_hidden(device, monkeypatch):
@@ -107,9 +116,9 @@ def test_failed_launch_is_not_hidden(device, monkeypatch):
         raise RuntimeError("no such kernel")
 
     x = X.to(device, copy=True).requires_grad_()
-    y = triton_rmsnorm.rms_norm(x, (6,))
+    y = rms_norm(x, (6,))
     monkeypatch.setattr(launch.Launch, "__call__", fail)
     with pytest.raises(RuntimeError, match="no such kernel"):
         y.sum().backward()
     with pytest.raises(RuntimeError, match="no such kernel"):
-        triton_rmsnorm.rms_norm(x, (6,))
+        rms_norm(x, (6,))

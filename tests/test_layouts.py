@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from variants import BLOCKED, offsets_of
+from variants import BLOCKED, Drawn, assert_same, offsets_of
 
 from triton_rmsnorm import rms_norm
 from triton_rmsnorm.reference import Inputs, Spec
 from triton_rmsnorm.runtime.layout import merge_rows
-from triton_rmsnorm.testing import assert_within_budget, draw, expected, run
+from triton_rmsnorm.testing import draw
 
 
 class View(NamedTuple):
@@ -59,16 +59,14 @@ def untouched(*tensors: Tensor):
 
     before = contents()
     yield
-    for tensor, old, new in zip(tensors, before, contents(), strict=True):
-        assert torch.equal(old, new), tensor.shape
+    assert_same(contents(), before)
 
 
-def check(x: Tensor, weight: Tensor | None, dy: Tensor, ndim: int = 1) -> None:
-    tensors = [tensor for tensor in (x, weight, dy) if tensor is not None]
-    shape = tuple(x.shape[-ndim:])
-    with untouched(*tensors):
-        results = run(lambda x, weight, *_: rms_norm(x, shape, weight), Inputs(x, weight), dy)
-    assert_within_budget(results, expected(Inputs(x, weight), dy, Spec(shape, torch.finfo(torch.float32).eps)))
+def check(x: Tensor, weight: Tensor, dy: Tensor, ndim: int = 1) -> None:
+    drawn = Drawn(Spec(tuple(x.shape[-ndim:]), 1e-6), Inputs(x, weight), dy)
+    with untouched(x, weight, dy):
+        results = drawn.run()
+    drawn.check(results)
 
 
 @pytest.mark.parametrize("strided", ["X", "DY", "both"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
-from variants import FUNCTIONS, N, Variant, every_function
+from variants import FUNCTIONS, N, Variant, assert_same, every_function
 
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.testing import draw
@@ -31,8 +31,7 @@ def test_jagged_nested_tensors(device):
         y = norm(leaf)
         y.values().mul(torch.linspace(-1, 2, N, device=device)).sum().backward()
         results.append((y.values(), leaf.grad.values(), norm.weight.grad))
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same(*results)
     assert torch.equal(rms_norm(x, (N,)).values(), F.rms_norm(x, (N,)).values())
 
 
@@ -105,8 +104,7 @@ def test_tensors_from_inference_mode_feed_training(function: Variant, at, device
         outputs = [y for y in tree_leaves(norm(*tensors)) if y.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
         results.append([t.grad for i, t in enumerate(tensors) if i not in replaced])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*results)
 
 
 def test_tensors_that_outlive_torch_func(device):
