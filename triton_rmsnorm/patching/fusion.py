@@ -14,8 +14,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from triton_rmsnorm.patching.isolation import isolated
 from triton_rmsnorm.patching.reads import reads
 from triton_rmsnorm.patching.recognition import fingerprint
-from triton_rmsnorm.patching.replacement import add_and_normalize, is_replacement
+from triton_rmsnorm.patching.replacement import add_and_normalize
 from triton_rmsnorm.patching.report import LeftAloneError, in_words
+from triton_rmsnorm.patching.semantics import Norm
 from triton_rmsnorm.patching.source import ADD, REPLACED, codes_of, source_of
 from triton_rmsnorm.patching.subclass import Mark, derived, proof_of
 from triton_rmsnorm.patching.trial import try_out
@@ -56,7 +57,8 @@ def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:
         layer: it is only looked at.
         memory: outcomes that the caller keeps; those of equal layers are not tried again.
     """
-    replaced = {name for name, child in layer._modules.items() if child is not None and _takes_sum(child)}
+    proofs = {name: proof_of(type(child)) for name, child in layer._modules.items()}
+    replaced = {name for name, proof in proofs.items() if isinstance(proof, Norm) and proof.semantics.activation is None}
     if not replaced:
         return None, ""
     try:
@@ -67,10 +69,7 @@ def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:
         if _has_any_global_hook():
             return None, "there is a hook for all modules, which would see the trial"
         found = reads(layer, submodules=False)
-        try:
-            key = type(layer), tuple(sorted(names)), fingerprint(layer, found) if found else None, found
-        except TypeError:
-            return _tried(layer, names)
+        key = type(layer), tuple(sorted(names)), fingerprint(layer, found) if found else None, found
         return memory.get(key) or memory.setdefault(key, _tried(layer, names))
     except LeftAloneError as refused:
         return None, str(refused)
@@ -81,13 +80,9 @@ def _tried(layer: nn.Module, names: set[str]) -> tuple[Fusion | None, str]:
     try:
         rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
         with isolated():
-            return Fusion(tuple(sorted(try_out(layer, names, rewritten, ADD, REPLACED)))), ""
+            return Fusion(tuple(sorted(try_out(layer, names, rewritten)))), ""
     except LeftAloneError as refused:
         return None, str(refused)
-
-
-def _takes_sum(module: nn.Module) -> bool:
-    return is_replacement(type(module)) and proof_of(type(module)).semantics.activation is None
 
 
 def _forward(mark: Mark) -> Callable:

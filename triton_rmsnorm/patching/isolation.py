@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from triton_rmsnorm.patching.reads import INTERNAL
+from triton_rmsnorm.patching.inspection import attributes
 from triton_rmsnorm.patching.report import LeftAloneError
 
 
@@ -87,8 +87,7 @@ def copy_with(module: nn.Module, tensor: Callable, submodule: Callable, cls: typ
         cls: its class.
     """
     copied = object.__new__(cls or type(module))
-    attributes = {name: value for name, value in vars(module).items() if name not in INTERNAL}
-    own = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value for name, value in attributes.items()}
+    own = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value for name, value in attributes(module).items()}
     vars(copied).update(vars(nn.Module()) | own)
     for kind, made in (("_parameters", tensor), ("_buffers", tensor), ("_modules", submodule)):
         vars(copied)[kind] = {name: None if one is None else made(name, one) for name, one in vars(module)[kind].items()}

@@ -16,7 +16,7 @@ from triton_rmsnorm.patching.constructors import replace_constructor, restore_co
 from triton_rmsnorm.patching.inspection import named_modules
 from triton_rmsnorm.patching.outcomes import FUSE, RECOMPUTE, REPLACE, Change, outcome, outcome_of_class
 from triton_rmsnorm.patching.report import Report, Row, Status, in_words
-from triton_rmsnorm.patching.subclass import LOCK, assign, is_derived, mark_of
+from triton_rmsnorm.patching.subclass import LOCK, assign, mark_of
 from triton_rmsnorm.patching.targets import Target, classes_of, instances, replaced_instances
 
 
@@ -175,7 +175,7 @@ def _restore(modules: Iterable[nn.Module]) -> None:
     modules = list(modules)
     for module in modules:
         cls = type(module)
-        if not is_derived(cls) and any(map(is_derived, cls.__mro__)):
+        if mark_of(cls) is None and any(map(mark_of, cls.__mro__)):
             raise RuntimeError(f"a replaced norm or layer has become a {cls.__name__} since: undo that first")
     for module in modules:
         while (mark := mark_of(type(module))) is not None:  # a model that is a layer, too, may have two

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import sys
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_rmsnorm.patching.subclass import is_derived
+from triton_rmsnorm.patching.subclass import mark_of
 
 # Packages whose functions do not change what they compute.
 _TRUSTED = sys.stdlib_module_names | {"numpy", "torch", "triton", "triton_rmsnorm"}
@@ -93,17 +93,19 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def frozen(value: Any) -> Hashable:
-    """A value that stays as it is when `value` changes: of containers the contents, of other objects their type."""
-    if is_plain(value):
-        return value
+def _itself_or_type(value: Any) -> Hashable:
+    return value if is_plain(value) else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def frozen(value: Any, of_other: Callable[[Any], Hashable] = _itself_or_type) -> Hashable:
+    """A value that stays as it is when `value` changes: of containers their contents, of anything else what `of_other` gives."""
     if isinstance(value, (list, tuple)):
-        return type(value).__qualname__, tuple(map(frozen, value))
+        return type(value).__qualname__, tuple(frozen(one, of_other) for one in value)
     if isinstance(value, dict):
-        return type(value).__qualname__, tuple((frozen(key), frozen(one)) for key, one in value.items())
+        return type(value).__qualname__, tuple((frozen(key, of_other), frozen(one, of_other)) for key, one in value.items())
     if isinstance(value, (set, frozenset)):
-        return type(value).__qualname__, frozenset(map(frozen, value))
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+        return type(value).__qualname__, frozenset(frozen(one, of_other) for one in value)
+    return of_other(value)
 
 
 def same(value: Any, other: Any) -> bool:
@@ -233,7 +235,7 @@ def _trusted(name: str | None) -> bool:
 
 def _bases(cls: type) -> list[type]:
     """Classes that a class inherits from, without those that we made or that all have."""
-    return [base for base in cls.__mro__ if base not in (nn.Module, object) and not is_derived(base)]
+    return [base for base in cls.__mro__ if base not in (nn.Module, object) and mark_of(base) is None]
 
 
 def _method(cls: type, name: str) -> Any:

@@ -6,7 +6,6 @@ candidate at all, the reason in words where it is left alone, and verdicts that 
 
 import inspect
 import types
-import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakIdRef
 
 from triton_rmsnorm.patching.inspection import attributes, is_epsilon, named_modules, own_tensors, sounds_like_rms
 from triton_rmsnorm.patching.isolation import isolated
@@ -59,12 +59,8 @@ def recognize(module: nn.Module, memory: Memory | None = None) -> Verdict | None
     if found is None:
         return Verdict(None, "its forward is not a Python function") if sounds_like_rms(type(module)) else None
     memory = {} if memory is None else memory
-    try:
-        key = type(module), fingerprint(module, found), found
-    except TypeError:  # an attribute that is neither a plain value nor has an identity to remember
-        verdict = _prove(module, found)
-    else:
-        verdict = memory.get(key) or memory.setdefault(key, _prove(module, found))
+    key = type(module), fingerprint(module, found), found
+    verdict = memory.get(key) or memory.setdefault(key, _prove(module, found))
     named = verdict.ran and not verdict.other and "norm" in type(module).__name__.lower()
     return verdict if verdict.norm or verdict.resembles or named else None
 
@@ -141,14 +137,8 @@ def _prove(module: nn.Module, found: Reads) -> Verdict:
 
 
 def fingerprint(module: nn.Module, found: Reads) -> Hashable:
-    """All attributes that a forward may read, except for values of tensors.
-
-    Plain values, and containers of them, count by value, other objects by identity.
-
-    Raises:
-        TypeError: there is no weak reference to an attribute.
-    """
-    values = tuple((name, _key(value)) for name, value in sorted(attributes(module).items()) if found.reads(name))
+    """All attributes that a forward may read, except for values of tensors: plain ones and containers by value, others by identity."""
+    values = tuple((name, frozen(value, _identity)) for name, value in sorted(attributes(module).items()) if found.reads(name))
     tensors = tuple((name, name in module._parameters, *_metadata(t)) for name, t in own_tensors(module).items())
     present = ((name, child) for name, child in module._modules.items() if child is not None)
     children = tuple((name, type(child), fingerprint(child, found)) for name, child in present)
@@ -160,25 +150,10 @@ def _metadata(tensor: Tensor) -> tuple:
     return type(tensor), None if uninitialized else tuple(tensor.shape), tensor.dtype
 
 
-def _key(value: Any) -> Hashable:
+def _identity(value: Any) -> Hashable:
     if is_plain(value):
         return type(value), repr(value)
-    if isinstance(value, (tuple, list)):
-        return type(value), *map(_key, value)
-    if isinstance(value, dict):
-        return type(value), *((key, _key(one)) for key, one in value.items())
-    if isinstance(value, set):
-        return frozen(value)
-    return id(value), _Identity(value)
-
-
-class _Identity(weakref.ref):
-    """A weak reference compared by object identity, ignoring the object's __eq__ and __hash__."""
-
-    __slots__ = ()
-
-    def __hash__(self) -> int:
-        return 0  # the id is beside it
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Identity) and self() is not None and self() is other())
+    try:
+        return WeakIdRef(value)
+    except TypeError:  # there are no weak references to it: it is never found again
+        return object()

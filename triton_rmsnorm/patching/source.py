@@ -85,7 +85,7 @@ class Source:
         if self._compiled(tree) != self.code or codes[:-1] != codes_of(self.forward)[-len(codes) : -1]:
             raise LeftAloneError("its forward is not what its source says")
         _fuse([site for site in _sites(function) if site.norm in norms and not site.written], function.args.args[0].arg)
-        function.body[:0] = _way_out(function.args)
+        function.body[:0] = _way_out(function)
         inner = inspect.unwrap(original)
         inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
         inner.__defaults__, inner.__kwdefaults__ = self.function.__defaults__, self.function.__kwdefaults__
@@ -217,28 +217,18 @@ def _site(block: list[ast.stmt], index: int, this: str) -> _Site | None:
     return None
 
 
-def _first(node: ast.expr) -> ast.expr | None:
+# Evaluating these evaluates their parts, in the order of their fields.
+_IN_ORDER = (ast.BinOp, ast.UnaryOp, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Tuple, ast.List)
+
+
+def _first(node: ast.AST) -> ast.expr | None:
     """The first thing that evaluating `node` does, apart from loading names, attributes and constants."""
-    match node:
-        case ast.BinOp():
-            parts = [node.left, node.right]
-        case ast.Call():
-            parts = [node.func, *node.args, *(keyword.value for keyword in node.keywords)]
-        case ast.Attribute():
-            parts = [node.value]
-        case ast.Subscript():
-            parts = [node.value, node.slice]
-        case ast.Tuple() | ast.List():
-            parts = node.elts
-        case ast.UnaryOp():
-            parts = [node.operand]
-        case _:  # what may be evaluated at another time or not at all counts as a whole
-            parts = []
-    for part in parts:
-        first = _first(part)
-        if first is not None:
-            return first
-    return None if isinstance(node, (ast.Name, ast.Attribute, ast.Constant)) else node
+    if isinstance(node, _IN_ORDER):  # what may be evaluated at another time or not at all counts as a whole
+        for part in ast.iter_child_nodes(node):
+            first = _first(part)
+            if first is not None:
+                return first
+    return node if isinstance(node, ast.expr) and not isinstance(node, (ast.Name, ast.Attribute, ast.Constant)) else None
 
 
 def _fuse(sites: list[_Site], this: str) -> None:
@@ -255,18 +245,15 @@ def _fuse(sites: list[_Site], this: str) -> None:
             site.block.insert(site.block.index(user) + 1, ast.copy_location(ast.Delete([ast.Name(_Y, ast.Del())]), user))
 
 
-def _way_out(arguments: ast.arguments) -> list[ast.stmt]:
+def _way_out(function: ast.FunctionDef) -> list[ast.stmt]:
     """Calls another forward, with all arguments, if there is one."""
-    y = ast.Name(_Y, ast.Load())
-    passed: list[ast.expr] = [ast.Name(one.arg, ast.Load()) for one in (*arguments.posonlyargs, *arguments.args)]
-    named = [ast.keyword(one.arg, ast.Name(one.arg, ast.Load())) for one in arguments.kwonlyargs]
-    if arguments.vararg:
-        passed.append(ast.Starred(ast.Name(arguments.vararg.arg, ast.Load()), ast.Load()))
-    if arguments.kwarg:
-        named.append(ast.keyword(None, ast.Name(arguments.kwarg.arg, ast.Load())))
-    find = ast.Assign([ast.Name(_Y, ast.Store())], ast.Call(_attribute(arguments.args[0].arg, REPLACED), [], []))
-    is_there = ast.Compare(y, [ast.IsNot()], [ast.Constant(None)])
-    return [find, ast.If(is_there, [ast.Return(ast.Call(y, passed, named))], [])]
+    arguments = function.args
+    passed = [one.arg for one in (*arguments.posonlyargs, *arguments.args)]
+    passed += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    passed += [f"{one.arg}={one.arg}" for one in arguments.kwonlyargs]
+    passed += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
+    text = f"{_Y} = {passed[0]}.{REPLACED}()\nif {_Y} is not None:\n    return {_Y}({', '.join(passed)})"
+    return ast.increment_lineno(ast.parse(text), function.lineno - 1).body
 
 
 def _attribute(this: str, name: str) -> ast.Attribute:

@@ -94,11 +94,6 @@ def mark_of(cls: type) -> Mark | None:
     return vars(cls).get("_triton_rmsnorm")
 
 
-def is_derived(cls: type) -> bool:
-    """Whether we made this class."""
-    return mark_of(cls) is not None
-
-
 def proof_of(cls: type) -> Any:
     """The proof that a class was made from, or None if we did not make it."""
     mark = mark_of(cls)

@@ -24,6 +24,7 @@ from triton_rmsnorm.patching.isolation import Draws, copy_with
 from triton_rmsnorm.patching.probes import EPS_OF_TENSORS
 from triton_rmsnorm.patching.proof import FEW_COLUMNS
 from triton_rmsnorm.patching.report import LeftAloneError, in_words
+from triton_rmsnorm.patching.source import ADD, REPLACED
 from triton_rmsnorm.patching.subclass import original_of, proof_of
 
 # Largest difference of an output or gradient, relative to its largest element: sums in other orders, in float32.
@@ -48,15 +49,13 @@ class _Output(Tensor):
         return iter(self.as_subclass(Tensor))
 
 
-def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str, replaced: str) -> set[str]:
+def try_out(layer: nn.Module, names: set[str], rewritten: Callable) -> set[str]:
     """The norms among `names` that the trial went through, sum and all. It is first tried with few columns, which may not fit.
 
     Args:
         layer: it is only looked at.
         names: of its fused norms.
         rewritten: another forward for it; decorators of both are left out.
-        add: what that calls for a sum and a norm, an attribute of self.
-        replaced: what that calls to find another forward, likewise.
 
     Raises:
         LeftAloneError: forward does not run, the two differ, or none of the norms is reached.
@@ -64,11 +63,11 @@ def try_out(layer: nn.Module, names: set[str], rewritten: Callable, add: str, re
     shape = _normalized(layer.get_submodule(min(names)))
     if len(shape) == 1 and shape[0] > FEW_COLUMNS:
         with suppress(LeftAloneError):
-            return _try_out(_Trial(layer, names, shape, (FEW_COLUMNS,)), names, rewritten, add, replaced)
-    return _try_out(_Trial(layer, names, shape, shape), names, rewritten, add, replaced)
+            return _try_out(_Trial(layer, names, shape, (FEW_COLUMNS,)), names, rewritten)
+    return _try_out(_Trial(layer, names, shape, shape), names, rewritten)
 
 
-def _try_out(trial: "_Trial", names: set[str], rewritten: Callable, add: str, replaced: str) -> set[str]:
+def _try_out(trial: "_Trial", names: set[str], rewritten: Callable) -> set[str]:
     original = inspect.unwrap(type(trial.layer).forward)
     name_of = {id(trial.layer._modules[name]): name for name in names}
     seen: set[str] = set()
@@ -77,7 +76,7 @@ def _try_out(trial: "_Trial", names: set[str], rewritten: Callable, add: str, re
         seen.add(name_of[id(norm)])
         return add_and_normalize(x, residual, norm)
 
-    vars(trial.layer).update({add: see, replaced: lambda: None})
+    vars(trial.layer).update({ADD: see, REPLACED: lambda: None})
     failure = ""
     for filled, training in itertools.product((False, True), (False, True)):
         if seen == names and not training:
@@ -130,18 +129,18 @@ class _Trial:
         self.sizes = dict(zip(shape, drawn, strict=True))
         self.layer = self._drawn(layer, names)
 
-    def run(self, forward: Callable, arguments: dict) -> tuple[list[Tensor], list[Tensor | None]]:
+    def run(self, forward: Callable, arguments: dict[str, Tensor]) -> list[Tensor | None]:
         """Outputs and gradients."""
-        arguments = {name: value.as_subclass(_Output) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        tensors = {name: value.as_subclass(_Output) for name, value in arguments.items()}
         with Draws(torch.Generator().manual_seed(0)):
-            leaves = tree_leaves(forward(self.layer, **arguments))
+            leaves = tree_leaves(forward(self.layer, **tensors))
         outputs = [leaf.as_subclass(Tensor) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         generator = torch.Generator().manual_seed(1)
         terms = [(torch.randn(y.shape, generator=generator, dtype=y.dtype) * y).sum() for y in outputs if y.requires_grad]
         loss = torch.stack(terms).sum()
-        return outputs, list(torch.autograd.grad(loss, self.leaves, allow_unused=True))
+        return [*outputs, *torch.autograd.grad(loss, self.leaves, allow_unused=True)]
 
-    def arguments(self, filled: bool) -> dict:
+    def arguments(self, filled: bool) -> dict[str, Tensor]:
         """Tensors for what forward requires, and, if `filled`, also for what is None by default."""
         function = inspect.unwrap(type(self.layer).forward)
         parameters = list(inspect.signature(function).parameters.values())[1:]
@@ -211,16 +210,14 @@ def _normalized(norm: nn.Module) -> tuple[int, ...]:
     return proof.shape or (64,)
 
 
-def _agree(actual: tuple[list, list], expected: tuple[list, list]) -> bool:
+def _agree(actual: list[Tensor | None], expected: list[Tensor | None]) -> bool:
     """Whether outputs and gradients are the same ones, up to TOLERANCE."""
-    if [len(part) for part in actual] != [len(part) for part in expected]:
+    return len(actual) == len(expected) and all(map(_same, actual, expected))
+
+
+def _same(actual: Tensor | None, expected: Tensor | None) -> bool:
+    if actual is None or expected is None:
+        return actual is expected
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    for one, other in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
-        if one is None or other is None:
-            same = one is other
-        else:
-            same = one.shape == other.shape and one.dtype == other.dtype
-            same = same and (not one.numel() or bool((one - other).abs().max() <= TOLERANCE * other.abs().max()))
-        if not same:
-            return False
-    return True
+    return not actual.numel() or bool((actual - expected).abs().max() <= TOLERANCE * expected.abs().max())
