@@ -7,6 +7,7 @@ import gc
 import random
 import typing
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -519,6 +520,20 @@ def test_what_the_garbage_collector_does_not_see():
     finally:
         gc.unfreeze()
     assert classes(model)[1:] == [Local, Local]
+
+
+def test_a_model_goes_with_its_last_reference():
+    """Without the garbage collector: neither proofs nor trials leave cycles that keep it."""
+    model = nn.Sequential(Norm(), Layer())
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        patch(model, fuse_residual=True, recompute=True)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_outlive_the_context():

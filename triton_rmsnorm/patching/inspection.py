@@ -22,15 +22,13 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The module and its submodules with their names, as nn.Module.named_modules; but modules need not have a hash."""
     found: dict[int, tuple[str, nn.Module]] = {}
-
-    def visit(name: str, one: nn.Module) -> None:
+    waiting = [("", module)]
+    while waiting:
+        name, one = waiting.pop()
         if id(one) not in found:
             found[id(one)] = name, one
-            for child_name, child in one._modules.items():
-                if isinstance(child, nn.Module):
-                    visit(f"{name}.{child_name}" if name else child_name, child)
-
-    visit("", module)
+            children = [(child_name, child) for child_name, child in one._modules.items() if isinstance(child, nn.Module)]
+            waiting += [(f"{name}.{child_name}" if name else child_name, child) for child_name, child in reversed(children)]
     return list(found.values())
 
 

@@ -136,7 +136,7 @@ class Subject:
         except LeftAloneError:
             raise
         except Exception as error:  # of any kind: it is other people's code
-            return error
+            return error.with_traceback(None)  # which would keep the copy, an instance of the class
         if versions != [t._version for t in inputs]:
             raise LeftAloneError("its forward changes its input")
         if before != _state(copied):
