@@ -10,12 +10,28 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import records
+import torch
+
+from bench import problem, records
+from bench import tune as tuning
+from bench.speed import check
+from bench.speed import host as host_time
+from bench.speed import run as benchmark
+from bench.train import __main__ as training
+from bench.train import report
+from bench.train.job import PRESETS
+from bench.train.providers import BASELINE, RECOMPUTED
+from bench.train.run import Run, attempt
+from triton_rmsnorm import __main__ as self_checking
+from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.runtime import autotune, launch, table
+from triton_rmsnorm.runtime.config import Key
 
 LINE = r"^(\S.*)$"
 FIRST_USED = (128, 1024, 4096, 16384)  # columns
@@ -51,16 +67,11 @@ def gpu_tests(folder: Path, minutes: float) -> Outcome:
 
 
 def self_check(folder: Path, minutes: float) -> Outcome:
-    from triton_rmsnorm import __main__ as command
-
-    status, said = _said(command.main)
+    status, said = _said(self_checking.main)
     return Outcome("failed" if status else "done", _last(LINE, said))
 
 
 def ceiling(folder: Path, minutes: float) -> Outcome:
-    from bench import problem
-    from bench.speed import check
-
     device, found = records.gpu(), {}
     for elements in (problem.ELEMENTS // 4, problem.ELEMENTS // 2, problem.ELEMENTS):
         of = problem.Problem(elements // 4096 or 1, 4096)
@@ -70,22 +81,17 @@ def ceiling(folder: Path, minutes: float) -> Outcome:
 
 
 def tune(folder: Path, minutes: float) -> Outcome:
-    from bench import tune
-    from triton_rmsnorm.runtime import launch, table
-
     path = folder / "tuned" / table.file_name(launch.device_of(records.gpu()))
     path.parent.mkdir(exist_ok=True)
-    _, said = _said(tune.main, ["--suite", "quick", "--minutes", f"{minutes}", "--output", str(path)])
+    _, said = _said(tuning.main, ["--suite", "quick", "--minutes", f"{minutes}", "--output", str(path)])
     note = said.strip().split(": ", 1)[-1]
     return Outcome("done" if note.endswith(" 0 left") else "partial", note)
 
 
 def suite(name: str, folder: Path, minutes: float) -> Outcome:
-    from bench.speed import run
-
-    status = run.main(["--suite", name, "--minutes", f"{minutes}"])
+    status = benchmark.main(["--suite", name, "--minutes", f"{minutes}"])
     content = json.loads(records.newest(f"run-{name}").read_text())
-    left = len(run.cells(name, content["absent"])) - len(content["rows"])
+    left = len(benchmark.cells(name, content["absent"])) - len(content["rows"])
     note = f"{len(content['rows'])} cells" + (f", {left} left" if left else "")
     if status:
         return Outcome("failed", f"{note}; ours failed or was wrong")
@@ -94,9 +100,6 @@ def suite(name: str, folder: Path, minutes: float) -> Outcome:
 
 def first_use(folder: Path, minutes: float) -> Outcome:
     """What a search at the first use of a key costs, and what it gains."""
-    from triton_rmsnorm.runtime import autotune, launch
-    from triton_rmsnorm.runtime.config import Key
-
     device, rows = launch.device_of(records.gpu()), []
     for n in FIRST_USED:
         for direction in ("forward", "backward"):
@@ -110,22 +113,13 @@ def first_use(folder: Path, minutes: float) -> Outcome:
 
 
 def host(folder: Path, minutes: float) -> Outcome:
-    from bench.speed import host
-
-    host.main(["--json"])
+    host_time.main(["--json"])
     us = json.loads(records.newest("host").read_text())["us"]["ours: RMSNorm"]
     return Outcome(note=f"ours: {us['no_grad']:.1f} µs without grad, {us['training']:.1f} µs forward and backward")
 
 
 def memory(folder: Path, minutes: float) -> Outcome:
     """Time and memory of training steps, with and without the outputs of norms kept for the backward."""
-    from dataclasses import replace
-
-    from bench.train import report
-    from bench.train.job import PRESETS
-    from bench.train.providers import BASELINE, RECOMPUTED
-    from bench.train.run import Run, attempt
-
     job = PRESETS["1b"]
     job = replace(job, steps=job.steps // 4, device=records.gpu(), sizes=job.sizes | {"num_hidden_layers": 4})
     runs: dict[str, Run] = {}
@@ -136,9 +130,7 @@ def memory(folder: Path, minutes: float) -> Outcome:
 
 
 def train(folder: Path, minutes: float) -> Outcome:
-    from bench.train import __main__ as command
-
-    status = command.main(["--preset", "1b", "--compare", "--out", str(folder)])
+    status = training.main(["--preset", "1b", "--compare", "--out", str(folder)])
     note = _trained(json.loads(records.newest("train").read_text())["runs"])
     return Outcome("failed", f"ours differs or failed; {note}") if status else Outcome(note=note)
 
@@ -169,10 +161,6 @@ def sanitizer(folder: Path, minutes: float) -> Outcome:
 
 def small() -> None:
     """Every kind of kernel on few rows, forward and backward."""
-    import torch
-
-    from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
-
     device = records.gpu()
     for n in (33, 128, 4096, 20000, 65536):
         for m in (1, 9):
