@@ -122,10 +122,7 @@ def absent() -> dict[str, str]:
 
 def path(call: Callable[[], object]) -> str:
     """Which way torch took in a call, from what it ran: its fused operator, the QuACK in its vendor folder, or a composite."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile() as profile:
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -244,14 +244,16 @@ def bench_run(monkeypatch, tmp_path, clock, device):
     return lambda *arguments: run.main(["--jobs", "0", *arguments])
 
 
-def rows_of(folder: Path) -> list[dict]:
+def written(folder: Path) -> tuple[Path, dict]:
+    """The file of the only run, and what is in it."""
     (file,) = folder.glob("run-*.json")
-    return json.loads(file.read_text())["rows"]
+    return file, json.loads(file.read_text())
 
 
 def test_run(bench_run, clock, tmp_path, capsys):
     assert bench_run() == 0
-    rows = rows_of(tmp_path)
+    _, result = written(tmp_path)
+    rows = result["rows"]
     assert len(rows) == 6 * len(PLAIN)
     statuses = {(row["provider"], row["status"], row["note"]) for row in rows}
     assert statuses == {
@@ -270,22 +272,20 @@ def test_run(bench_run, clock, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "nobody is absent: ModuleNotFoundError" in said
     assert f"{len(PLAIN)} losses" in said and "vandal" in said  # ours was timed 1 µs after it
-    file = json.loads(next(tmp_path.glob("run-*.json")).read_text())
-    assert file["metadata"].keys() >= {"gpu", "driver", "torch", "triton", "commit", "date"}
-    assert file["absent"] == {"nobody": "ModuleNotFoundError: No module named 'no_such_module'"}
+    assert result["metadata"].keys() >= {"gpu", "driver", "torch", "triton", "commit", "date"}
+    assert result["absent"] == {"nobody": "ModuleNotFoundError: No module named 'no_such_module'"}
 
 
 def test_a_run_goes_on(bench_run, clock, tmp_path, capsys):
     assert bench_run() == 0
-    (file,) = tmp_path.glob("run-*.json")
-    content = json.loads(file.read_text())
+    file, content = written(tmp_path)
     whole, cut = content["rows"], content["rows"][: len(content["rows"]) // 2]
     file.write_text(json.dumps(content | {"rows": cut}))
     clock.clear()
     capsys.readouterr()
     assert bench_run() == 0
     assert "Going on with" in capsys.readouterr().out
-    names = [[(row["problem"], row["provider"]) for row in rows] for rows in (rows_of(tmp_path), whole)]
+    names = [[(row["problem"], row["provider"]) for row in rows] for rows in (written(tmp_path)[1]["rows"], whole)]
     assert names[0] == names[1]
     assert len(clock) == sum(row["status"] == "measured" for row in whole[len(cut) :])
 

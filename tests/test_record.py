@@ -31,17 +31,17 @@ THREE = [step("one", 1, 3, 1), step("two", 2, 2, 2), step("three", 1, 2, 0)]
 
 
 class Made:
-    """Performs steps that take the minutes they are given, on a clock of its own."""
+    """Performs steps that take the minutes they are given and `late` seconds more, on a clock of its own."""
 
-    def __init__(self, **outcomes):
-        self.now, self.done, self.outcomes = 0.0, [], outcomes
+    def __init__(self, late: float = 0.0, **outcomes):
+        self.now, self.done, self.late, self.outcomes = 0.0, [], late, outcomes
 
     def clock(self) -> float:
         return self.now
 
     def __call__(self, step: Step, folder: Path, minutes: float) -> Outcome:
         self.done.append((step.name, round(minutes, 3)))
-        self.now += 60 * minutes
+        self.now += 60 * minutes + self.late
         outcome = self.outcomes.get(step.name, Outcome(note="as planned", result={"rows": []}))
         if isinstance(outcome, Exception):
             raise outcome
@@ -97,13 +97,7 @@ def test_a_budget_that_runs_out(tmp_path):
     assert [name for name, _ in made.done] == ["one", "three"]
     assert statuses(tmp_path / "short") == {"two": "out of time", "one": "done", "three": "done"}
 
-    class Late(Made):
-        def __call__(self, step, folder, minutes):
-            outcome = super().__call__(step, folder, minutes)
-            self.now += 600
-            return outcome
-
-    late = Late()
+    late = Made(late=600)
     recorder(tmp_path / "late", late).run(5, THREE)
     assert [name for name, _ in late.done] == ["one"]
     assert statuses(tmp_path / "late") == {"one": "done", "two": "out of time", "three": "out of time"}
