@@ -154,18 +154,24 @@ def test_the_page_names_losses_first(tmp_path):
     assert "REHEARSAL" not in page
 
 
-def test_apply(tmp_path, monkeypatch, capsys):
-    """Page, pictures and results go to bench/results, the table to the package, the picture to README; a second time in its place."""
-    out, root = tmp_path / "out", tmp_path / "root"
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A checkout in which a record has its places."""
+    root = tmp_path / "root"
     monkeypatch.setattr(records, "ROOT", root)
     monkeypatch.setattr(records, "RESULTS", root / "bench" / "results")
     monkeypatch.setattr(table, "SHIPPED", root / "tuned")
     monkeypatch.setattr(apply_module, "README", root / "README.md")
     (root / "bench" / "results").mkdir(parents=True)
     (root / "README.md").write_text(f"# Title\n\n{MARK}\n> Status.\n")
-    record_of(out)
+    return root
+
+
+def test_apply(root, tmp_path):
+    """Page, pictures and results go to bench/results, the table to the package, the picture to README; a second time in its place."""
+    record_of(tmp_path)
     for _ in range(2):
-        apply(out)
+        apply(tmp_path)
     written = {str(path.relative_to(root)) for path in root.rglob("*.*")}
     stem = "bench/results/record-nvidia-h100-20270101000000"
     run_file = "bench/results/run-quick-nvidia-h100-20270101000000.json"
@@ -176,7 +182,7 @@ def test_apply(tmp_path, monkeypatch, capsys):
     assert json.loads((root / run_file).read_text())["rows"]
 
 
-def test_a_rehearsal_is_no_result(tmp_path, capsys):
+def test_a_rehearsal_is_no_result(root, tmp_path, capsys):
     record_of(tmp_path, rehearsal=True)
     for caption in re.findall(r"^(?:!\[|\*)(.*)", (tmp_path / "record.md").read_text(), re.MULTILINE):
         assert caption.startswith(REHEARSAL)
