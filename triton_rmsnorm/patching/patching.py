@@ -6,18 +6,24 @@ at the module from outside do not notice. A class is replaced by replacing the i
 """
 
 import functools
+import gc
+import importlib
+import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 
 from torch import nn
 
 from triton_rmsnorm.patching.constructors import replace_constructor, restore_constructor
 from triton_rmsnorm.patching.inspection import named_modules
 from triton_rmsnorm.patching.outcomes import FUSE, RECOMPUTE, REPLACE, Change, outcome, outcome_of_class
+from triton_rmsnorm.patching.recognition import may_be_norm
 from triton_rmsnorm.patching.report import Report, Row, Status, in_words
 from triton_rmsnorm.patching.subclass import LOCK, assign, mark_of
-from triton_rmsnorm.patching.targets import Target, classes_of, instances, replaced_instances
+
+Target = nn.Module | type[nn.Module] | str
 
 
 def patch(target: Target, *, strict: bool = False, fuse_residual: bool = False, recompute: bool = False) -> Report:
@@ -76,13 +82,13 @@ def unpatch(target: Target) -> None:
         RuntimeError: the class of a replaced norm or layer was changed again later, for example by fully_shard; undo that first.
     """
     with LOCK:
-        classes = classes_of(target)
+        classes = _classes_of(target)
         for cls in classes:
             restore_constructor(cls)
         if isinstance(target, nn.Module):
             _restore(module for _, module in named_modules(target))
         else:
-            _restore(module for cls in classes for module in replaced_instances(cls))
+            _restore(module for cls in classes for module in _replaced_instances(cls))
 
 
 @contextmanager
@@ -118,7 +124,7 @@ def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False
 
 def _patch(target: Target, strict: bool, fuse_residual: bool, recompute: bool) -> tuple[Report, list[nn.Module], list[type]]:
     """The report, the modules that were given another class, and the classes whose constructors were replaced. All or nothing."""
-    classes = classes_of(target)
+    classes = _classes_of(target)
     model = target if isinstance(target, nn.Module) else None
     if (fuse_residual or recompute) and model is None:
         option = "fuse_residual" if fuse_residual else "recompute"
@@ -127,7 +133,7 @@ def _patch(target: Target, strict: bool, fuse_residual: bool, recompute: bool) -
     constructors: list[type] = []
     with LOCK:
         try:
-            named = [(None, module) for module in instances(classes)] if model is None else named_modules(model)
+            named = [(None, module) for module in _instances(classes)] if model is None else named_modules(model)
             rows = _change(REPLACE, named, modules)
             replaced = {row.cls for row in rows if row.status == Status.REPLACED}
             rows += [_replace_constructor(outcome_of_class(cls, cls in replaced), constructors) for cls in classes]
@@ -183,3 +189,47 @@ def _restore(modules: Iterable[nn.Module]) -> None:
             if isinstance(own, functools.partial) and own.func is mark.forward:  # see replacement.py
                 del vars(module)["forward"]
             assign(module, mark.original)
+
+
+def _classes_of(target: Target) -> list[type[nn.Module]]:
+    """The classes that `target` names; none for a module."""
+    if isinstance(target, nn.Module):
+        return []
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return [target]
+    if isinstance(target, str):
+        return _classes_of_model_type(target)
+    raise TypeError(f"target must be a torch.nn.Module, a class of modules or a model type of transformers, got {target!r}")
+
+
+def _classes_of_model_type(name: str) -> list[type[nn.Module]]:
+    """Classes that may be norms in the modeling files of a model type of transformers, including those that they import."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+    except ImportError as error:
+        raise ImportError(f"target {name!r} is taken for a model type of transformers, which cannot be imported") from error
+    if name not in CONFIG_MAPPING_NAMES:
+        close = ", ".join(map(repr, get_close_matches(name, CONFIG_MAPPING_NAMES))) or "those of its CONFIG_MAPPING"
+        raise ValueError(f"target must be a module, a class or a model type of transformers ({close}), got {name!r}")
+    package = importlib.import_module(f"transformers.models.{model_type_to_module_name(name)}")
+    found: dict[type, None] = {}
+    for file in pkgutil.iter_modules(package.__path__):
+        if file.name.startswith("modeling_"):
+            module = importlib.import_module(f"{package.__name__}.{file.name}")
+            classes = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module))
+            found.update((cls, None) for cls in classes if not cls.__module__.startswith("torch.") and may_be_norm(cls))
+    return list(found)
+
+
+def _instances(classes: list[type[nn.Module]]) -> list[nn.Module]:
+    """All modules of these very classes that the garbage collector knows."""
+    known = set(classes)
+    return [thing for thing in gc.get_objects() if type(thing) in known] if known else []
+
+
+def _replaced_instances(cls: type[nn.Module]) -> Iterator[nn.Module]:
+    """Modules of this class that have a class that we made, also those that gc.freeze has hidden from the garbage collector."""
+    marks = [mark for subclass in type.__subclasses__(cls) if (mark := mark_of(subclass)) is not None]
+    for mark in marks:
+        yield from mark.instances.values()
+    yield from _instances([mark.cls for mark in marks if mark.cls is not None])

@@ -92,15 +92,12 @@ def evaluate(
     return reference.forward(reference.Inputs(x, semantics.factor(weight), gate=gate), spec).y
 
 
-def _closed_list() -> tuple[Semantics, ...]:
-    weightless = [Semantics(False, rounding, rstd_rounded=rstd) for rounding in (None, "float32") for rstd in (False, True)]
-    offsets = ((0.0, False), (1.0, False), (1.0, True))
-    scaled = [Semantics(True, rounding, *offset, rstd) for rounding in _ROUNDINGS for offset in offsets for rstd in (False, True)]
-    return (*weightless, *scaled)
-
-
+_OFFSETS = ((0.0, False), (1.0, False), (1.0, True))
 # Without groups and gates.
-SEMANTICS = _closed_list()
+SEMANTICS = (
+    *(Semantics(False, rounding, rstd_rounded=rstd) for rounding in (None, "float32") for rstd in (False, True)),
+    *(Semantics(True, rounding, *offset, rstd) for rounding in _ROUNDINGS for offset in _OFFSETS for rstd in (False, True)),
+)
 
 
 def gated(semantics: Semantics) -> list[Semantics]:
