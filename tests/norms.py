@@ -64,6 +64,11 @@ def norm_of(forward: Callable, name: str = "SomeNorm", **attributes: Any) -> nn.
     return norm
 
 
+def classes(module: nn.Module) -> list[type]:
+    """Of a module and its submodules."""
+    return [type(one) for one in module.modules()]
+
+
 def original_of(module: nn.Module) -> nn.Module:
     """A module with the same attributes and tensors that is not patched."""
     original = object.__new__(type(module))

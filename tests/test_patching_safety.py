@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from norms import COLUMNS, Layer, Norm, norm_of, original_of
+from norms import COLUMNS, Layer, Norm, classes, norm_of, original_of
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -24,10 +24,6 @@ from triton_rmsnorm.patching.replacement import is_replacement
 from triton_rmsnorm.patching.report import Status
 
 X = torch.randn(3, COLUMNS)
-
-
-def classes(module: nn.Module) -> list[type]:
-    return [type(one) for one in module.modules()]
 
 
 def reason(module: nn.Module) -> str:

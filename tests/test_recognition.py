@@ -188,17 +188,6 @@ def fails(self, x):
     raise NotImplementedError("a kernel for another device")
 
 
-class AdaRMSNorm(nn.Module):
-    """A name and nothing else, as in Voxtral."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear1, self.linear2 = nn.Linear(8, 4), nn.Linear(4, 8)
-
-    def forward(self, x):
-        return self.linear2(self.linear1(x))
-
-
 # Norms, reasons (None: not in the report), and whether they resemble an RMS norm.
 OTHERS = {
     "a LayerNorm": (norm_of(without_mean), None, False),
@@ -239,7 +228,11 @@ OTHERS = {
     "in place": (norm_of(in_place), "changes its input", False),
     "counting": (norm_of(counting, calls=0), "changes the module", False),
     "running mean": (norm_of(running_mean, weight=nn.Buffer(torch.ones(64))), "changes the module", False),
-    "parts": (AdaRMSNorm(), "more parameters and buffers than a weight: linear1, linear2", False),
+    "parts": (  # a name and nothing else, as in Voxtral
+        norm_of(fails, "AdaRMSNorm", weight=None, eps=None, linear1=nn.Linear(8, 4), linear2=nn.Linear(4, 8)),
+        "more parameters and buffers than a weight: linear1, linear2",
+        False,
+    ),
     "fails": (norm_of(fails), None, False),
     "fails by name": (norm_of(fails, "SomeRMSNorm"), "fails on a copy on the CPU: NotImplementedError: a kernel for another", True),
 }
