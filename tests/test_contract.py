@@ -3,7 +3,6 @@
 import copy
 import inspect
 import io
-import pickle
 import warnings
 from itertools import product
 
@@ -269,18 +268,10 @@ def _loaded(norm):
     return other
 
 
-def _materialized(norm):
-    """Through the meta device and to_empty."""
+def _assigned(norm):
+    """Through the meta device."""
     empty = copy.deepcopy(norm).to("meta")
     assert all(weight.is_meta for weight in empty.parameters())
-    for weight in norm.parameters():
-        empty.to_empty(device=weight.device)
-    empty.load_state_dict(norm.state_dict())
-    return empty
-
-
-def _assigned(norm):
-    empty = copy.deepcopy(norm).to("meta")
     empty.load_state_dict(norm.state_dict(), assign=True)
     return empty
 
@@ -288,10 +279,8 @@ def _assigned(norm):
 COPIES = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
-    "pickle": lambda norm: pickle.loads(pickle.dumps(norm)),
     "save": lambda norm: saved(norm, weights_only=False),
     "state_dict": _loaded,
-    "meta": _materialized,
     "assign": _assigned,
 }
 

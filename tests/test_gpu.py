@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from variants import Drawn, Problem, assert_rows_do_not_depend_on_their_batch, assert_same, id_of, needs_gpu, ours
 
+from bench.census.tiny_models import tiny_model
 from triton_rmsnorm import patch, rms_norm
 from triton_rmsnorm.reference import Inputs, Spec
 from triton_rmsnorm.runtime import autotune, launch, table
@@ -365,11 +366,8 @@ def test_compile(kind, mode, compiler):
 @pytest.mark.parametrize("fuse_residual", [False, True], ids=["norms", "fused"])
 def test_a_patched_model_trains(fuse_residual, dtype):
     """A tiny Llama learns a batch by heart, with losses that follow those of the original, and every norm's weight has a gradient."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
-    )
-    original = transformers.LlamaForCausalLM(config).to("cuda", dtype)
+    sizes = {"vocab_size": 128, "hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 3}
+    original = tiny_model("llama", **sizes).to("cuda", dtype)
     model, control = copy.deepcopy(original), copy.deepcopy(original)
     assert patch(model, strict=True, fuse_residual=fuse_residual).replaced == 7
     tokens = torch.randint(128, (4, 64), device="cuda")
