@@ -144,43 +144,40 @@ class Drawn(NamedTuple):
         assert results.y.dtype == self.inputs.x.dtype
         assert_within_budget(results, expected(self.inputs, self.dy, self.spec, self.dresidual_out))
 
+    def check_rows(self) -> None:
+        """A row has the same bits alone, among a few, first or elsewhere; and all results have when they are computed again."""
+        results = self.run()
+        assert_same(self.run(), results)
+        for rows in (slice(0, 1), slice(3, 4), slice(3, 40), slice(1, None), slice(-1, None)):
+            some = self.rows(rows).run()
+            assert_same(some._replace(dweight=None), _rows_of(results, rows)._replace(dweight=None))
+
 
 def assert_same(ours: Any, theirs: Any) -> None:
     """Sequences or mappings of tensors are equal bit for bit, with None only where theirs have None."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def assert_rows_do_not_depend_on_their_batch(batch: Drawn) -> None:
-    """Outputs and gradients of a row are the same bits alone, among a few, first or elsewhere; and all are when they are computed again."""
-    results = batch.run()
-    assert_same(batch.run(), results)
-    for rows in (slice(0, 1), slice(3, 4), slice(3, 40), slice(1, None), slice(-1, None)):
-        some = batch.rows(rows).run()
-        assert_same(some._replace(dweight=None), _rows_of(results, rows)._replace(dweight=None))
-
-
 def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.detach().requires_grad_() for t in tensors]
 
 
+def uneven(y: Tensor) -> Tensor:
+    """A tensor like y, with elements that differ."""
+    return torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).cos()
+
+
 def trained(function: Callable[..., Any], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """All outputs and gradients of function(*tensors), with a gradient arriving that differs from element to element."""
+    """All outputs and gradients of function(*tensors), with an uneven gradient arriving."""
     tensors = leaves(tensors)
     outputs = tree_leaves(function(*tensors))
-    dys = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).cos() for y in outputs]
-    torch.autograd.backward(outputs, dys)
+    torch.autograd.backward(outputs, [uneven(y) for y in outputs])
     return [*[y.detach() for y in outputs], *[t.grad for t in tensors]]
 
 
 def scalar(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Tensor]:
     """A scalar of all outputs, each element with its own weight."""
-
-    def total(*arguments: Tensor) -> Tensor:
-        outputs = function(*arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return sum((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).cos()).sum() for y in outputs)
-
-    return total
+    return lambda *arguments: sum((y * uneven(y)).sum() for y in tree_leaves(function(*arguments)))
 
 
 def offsets_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
