@@ -60,63 +60,6 @@ class Branches(Base):
         return self.mlp(hidden)
 
 
-class Renamed(Base):
-    """The norm is of another tensor than the sum, in spite of its name."""
-
-    def forward(self, hidden):
-        residual = hidden
-        hidden = residual + self.attention(hidden)
-        hidden = residual
-        return self.after(hidden)
-
-
-class Between(Base):
-    def forward(self, hidden):
-        hidden = hidden + self.attention(hidden)
-        hidden.mul_(2)
-        return self.after(hidden)
-
-
-class InPlace(Base):
-    def forward(self, hidden):
-        hidden = hidden.clone()
-        hidden += self.attention(hidden)
-        return self.after(hidden)
-
-
-class Annotated(Base):
-    def forward(self, hidden):
-        hidden: torch.Tensor = hidden + self.attention(hidden)
-        return self.after(hidden)
-
-
-class OneOfTwo(Base):
-    def forward(self, hidden):
-        hidden, scale = hidden + self.attention(hidden), 2
-        return scale * self.after(hidden)
-
-
-class Later(Base):
-    """Something happens before the norm in its statement."""
-
-    def forward(self, hidden):
-        hidden = hidden + self.attention(hidden)
-        return self.mlp(hidden.mul_(2)) + self.after(hidden)
-
-
-class Perhaps(Base):
-    def forward(self, hidden):
-        hidden = hidden + self.attention(hidden)
-        return hidden if self.training else self.after(hidden)
-
-
-class Child(Layer):
-    def forward(self, hidden):
-        hidden = hidden + self.attention(hidden)
-        hidden = self.after(hidden)
-        return super().forward(hidden)
-
-
 class LikeLlama(GradientCheckpointingLayer, Base):
     def forward(self, hidden):
         residual = hidden
@@ -145,12 +88,6 @@ def function_of_a_layer(self, hidden):
 
 class Assigned(Base):
     forward = function_of_a_layer
-
-
-class Undefined(Base):
-    def forward(self, hidden):
-        hidden = hidden + self.attention(hidden)
-        return self.after(hidden).reshape(7, 11, 13)
 
 
 def results(model, *inputs, **named):
@@ -213,21 +150,44 @@ def test_fused(layer, names, device, launches):
     assert_same(results(model, x), expected, 0)
 
 
-@pytest.mark.parametrize(
-    "layer, words",
-    [
-        (Renamed, ""),
-        (Between, "no sum goes straight"),
-        (InPlace, "the sum before after is written as `x += ...`, which changes a tensor that may have other names"),
-        (Annotated, "the sum before after is an assignment with an annotation"),
-        (OneOfTwo, "the sum before after is one of several values of an assignment"),
-        (Later, "no sum goes straight"),
-        (Perhaps, "no sum goes straight"),
-        (Child, "enclosing scope: __class__"),
-        (Undefined, "does not run on a trial: RuntimeError: shape '[7, 11, 13]'"),
-    ],
-)
-def test_left_alone(layer, words):
+ADD = "x = x + self.attention(x)"
+LEFT_ALONE = [
+    (["total = x + self.attention(x)", "total = x", "return self.after(total)"], ""),  # another tensor than the sum, in spite of its name
+    ([ADD, "x.mul_(2)", "return self.after(x)"], "no sum goes straight"),
+    ([ADD, "return self.mlp(x.mul_(2)) + self.after(x)"], "no sum goes straight"),  # something comes before the norm in its statement
+    ([ADD, "return x if self.training else self.after(x)"], "no sum goes straight"),
+    (
+        ["x = x.clone()", "x += self.attention(x)", "return self.after(x)"],
+        "the sum before after is written as `x += ...`, which changes a tensor that may have other names",
+    ),
+    (["x: torch.Tensor = x + self.attention(x)", "return self.after(x)"], "the sum before after is an assignment with an annotation"),
+    (
+        ["x, scale = x + self.attention(x), 2", "return scale * self.after(x)"],
+        "the sum before after is one of several values of an assignment",
+    ),
+    ([ADD, "x = self.after(x)", "return super().forward(x)"], "enclosing scope: __class__"),
+    ([ADD, "return self.after(x).reshape(7, 11, 13)"], "does not run on a trial: RuntimeError: shape '[7, 11, 13]'"),
+]
+
+
+@pytest.fixture
+def layer_of(tmp_path):
+    """A function that makes a class of layers, in a file, whose forward has the given statements."""
+
+    def layer_of(*statements: str) -> type:
+        lines = ["class OfAFile(Base):", "    def forward(self, x):", *(f"        {statement}" for statement in statements)]
+        file = tmp_path / "layer.py"
+        file.write_text("\n".join(lines))
+        space = {"Base": Base, "torch": torch, "__name__": __name__}
+        exec(compile(file.read_text(), file, "exec"), space)
+        return space["OfAFile"]
+
+    return layer_of
+
+
+@pytest.mark.parametrize(("statements", "words"), LEFT_ALONE)
+def test_left_alone(statements, words, layer_of):
+    layer = layer_of(*statements)
     model = layer()
     report = patch(model, fuse_residual=True)
     assert report.fused == 0 and type(model) is layer and report.replaced == 2
@@ -236,14 +196,14 @@ def test_left_alone(layer, words):
     patch(layer(), strict=True, fuse_residual=True)  # it is no norm that was not replaced
 
 
-def test_the_source_is_gone_or_was_edited(tmp_path):
+def test_the_source_is_gone_or_was_edited(layer_of, tmp_path):
+    layer = layer_of(ADD, "return self.after(x)")
     file = tmp_path / "layer.py"
-    text = "class OfAFile(Base):\n    def forward(self, x):\n        x = x + self.mlp(x)\n        return self.after(x)\n"
-    space = {"Base": Base, "__name__": __name__}
-    exec(compile(text, file, "exec"), space)
-    assert "source of its forward is not there" in reason(space["OfAFile"]())
-    file.write_text(text.replace("self.mlp(x)", "2 * self.mlp(x)"))
-    assert "not what its source says" in reason(space["OfAFile"]())
+    text = file.read_text()
+    file.unlink()
+    assert "source of its forward is not there" in reason(layer())
+    file.write_text(text.replace("self.attention(x)", "2 * self.attention(x)"))
+    assert "not what its source says" in reason(layer())
 
 
 def test_wrapped_forward():
@@ -464,10 +424,10 @@ def test_compile(layer, device):
     assert sums == [False, True]
 
 
-def test_loaded_where_the_source_is_another():
+def test_loaded_where_the_source_is_another(layer_of):
     """`fused` is what unpickling calls."""
-    with pytest.raises(RuntimeError, match=r"in Between\.forward no sum goes straight into after"):
-        fused(Between, Fusion(("after",)))
+    with pytest.raises(RuntimeError, match=r"in OfAFile\.forward no sum goes straight into after"):
+        fused(layer_of(ADD, "x.mul_(2)", "return self.after(x)"), Fusion(("after",)))
 
 
 def test_twice():
