@@ -198,20 +198,19 @@ def test_the_argument_keeps_its_name(device):
             norm(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("x", "weight"),
-    [
-        (torch.randn(3, 64), F32),
-        (torch.randn(3, 64).to(B16), F32),
-        (torch.randn(3, 64), F16),
-        (torch.randn(3, 64).double(), F32),
-        (torch.randn(3, 64), torch.float64),
-        (torch.randn(3, 64, dtype=torch.complex64).real, F32),
-        (torch.randint(9, (3, 64)), F32),
-        (torch.randn(3, 1), F32),
-    ],
-    ids=["fp32", "bf16", "fp16 weight", "fp64", "fp64 weight", "real", "int", "broadcast"],
-)
+CALLS = {
+    "fp32": (torch.randn(3, 64), F32),
+    "bf16": (torch.randn(3, 64).to(B16), F32),
+    "fp16 weight": (torch.randn(3, 64), F16),
+    "fp64": (torch.randn(3, 64).double(), F32),
+    "fp64 weight": (torch.randn(3, 64), torch.float64),
+    "real": (torch.randn(3, 64, dtype=torch.complex64).real, F32),
+    "int": (torch.randint(9, (3, 64)), F32),
+    "broadcast": (torch.randn(3, 1), F32),
+}
+
+
+@pytest.mark.parametrize(("x", "weight"), CALLS.values(), ids=CALLS)
 def test_calls_beyond_the_proof_run_the_original(x, weight, device, launches):
     norm, x = LlamaRMSNorm(64).to(device, weight), x.to(device)
     expected = norm(x)
