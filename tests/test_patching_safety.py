@@ -59,6 +59,17 @@ def test_an_error_midway_leaves_nothing(where, last, error, monkeypatch):
     assert patch(model, fuse_residual=True).replaced == 3
 
 
+def test_a_class_that_is_refused_stays_as_it_was():
+    class Local(Norm):
+        pass
+
+    norm, other = Local(), Local()
+    other.forward = functools.partial(Norm.forward, other)
+    with pytest.raises(RuntimeError, match="its forward was replaced"):
+        patch(Local, strict=True)
+    assert type(norm) is Local and "__init__" not in vars(Local)
+
+
 def test_a_layer_whose_class_refuses_subclasses():
     """There the hook has to run, because it may wrap the forward, as that of GradientCheckpointingLayer does."""
 
