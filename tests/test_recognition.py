@@ -223,6 +223,7 @@ OTHERS = {
         "does not depend on its eps",
         False,
     ),
+    "other of slices": (norm_of(lambda self, x: rounded(self, x) if x.is_contiguous() else x), "no RMS norm", False),
     "dropout": (norm_of(lambda self, x: F.dropout(rounded(self, x), 0.1, self.training)), "draws random numbers", False),
     "NaN replaced": (norm_of(lambda self, x: rounded(self, x).nan_to_num()), "no RMS norm", False),
     "in place": (norm_of(in_place), "changes its input", False),
