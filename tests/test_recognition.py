@@ -184,6 +184,14 @@ def in_the_dtype_of_x(self, x):
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+def plain_in_fp16(self, x):
+    return plain(self, x) if x.dtype == self.weight.dtype == torch.float16 else rounded(self, x)
+
+
+def plain_in_bf16_training(self, x):
+    return plain(self, x) if x.dtype == torch.bfloat16 and self.training else rounded(self, x)
+
+
 def fails(self, x):
     raise NotImplementedError("a kernel for another device")
 
@@ -213,6 +221,8 @@ OTHERS = {
         False,
     ),
     "in the dtype of x": (norm_of(in_the_dtype_of_x), "rounds in no known order", True),
+    "other in fp16": (norm_of(plain_in_fp16), "for torch.float16 input and torch.float16 weight it rounds in no known order", True),
+    "other in bf16 training": (norm_of(plain_in_bf16_training), "for torch.bfloat16 input and torch.bfloat16 weight it rounds", True),
     "rstd": (norm_of(lambda self, x: rstd(x, self.eps).to(x.dtype), weight=None), "reciprocal", False),
     "mean detached": (norm_of(mean_detached), "gradient", True),
     "weight detached": (norm_of(lambda self, x: self.weight.detach() * (x.float() * rstd(x, self.eps)).to(x.dtype)), "gradient", True),
