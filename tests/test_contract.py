@@ -447,5 +447,6 @@ def run_on_the_cpu() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")
 def test_cpu_without_interpreter():
     compiled(run_on_the_cpu)

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,13 +29,14 @@ def test_window_time(monkeypatch):
 def on_stub(test):
     """A test of compiled kernels that end in a stub of libcuda, which takes a C compiler and no GPU."""
     missing = torch.cuda.is_available() or not shutil.which("cc")
-    return pytest.mark.slow(pytest.mark.skipif(missing, reason="a stub of libcuda takes a C compiler and no GPU")(test))
+    marked = pytest.mark.skipif(missing, reason="a stub of libcuda takes a C compiler and no GPU")(test)
+    return pytest.mark.slow(pytest.mark.xdist_group("compiled")(marked))
 
 
 def measured(folder: Path) -> str:
     """What `python -m bench.host --json` prints, with few windows."""
-    host.WINDOWS, records.RESULTS = 3, folder
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
+    few, there = mock.patch.object(host, "WINDOWS", 3), mock.patch.object(records, "RESULTS", folder)
+    with few, there, contextlib.redirect_stdout(io.StringIO()) as shown:
         host.main(["--json"])
     return shown.getvalue()
 
@@ -89,20 +91,28 @@ def search_on_the_stub() -> tuple:
     compile_all = autotune._Trial._compile
 
     def compile_ahead(self, launches):
-        compile_all(self, launches)
+        def count():
+            return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
         kernels = {step.kernel for steps in launches for step, _ in steps}
-        ahead.append(sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()))
+        before = count()
+        compile_all(self, launches)
+        ahead.append(count() - before)
 
     def time_interleaved(calls, rounds, flush):
         for call in calls:
             call()
         return [[100.0 - 10 * i] for i in range(len(calls))]
 
-    autotune.MEMORY, autotune._Trial._compile, autotune.time_interleaved = 1 << 15, compile_ahead, time_interleaved
-    autotune.variants = lambda config, *_: [replace(config, num_stages=stages) for stages in (2, 1)]
-    autotune.torch.equal = lambda *_: True  # nothing is computed here
-    autotune._on = lambda device: contextlib.nullcontext(torch.device("cpu"))
-    with stubbed():
+    with (
+        mock.patch.object(autotune, "MEMORY", 1 << 15),
+        mock.patch.object(autotune._Trial, "_compile", compile_ahead),
+        mock.patch.object(autotune, "time_interleaved", time_interleaved),
+        mock.patch.object(autotune, "variants", lambda config, *_: [replace(config, num_stages=stages) for stages in (2, 1)]),
+        mock.patch.object(autotune, "_equal", lambda *_: True),  # nothing is computed here
+        mock.patch.object(autotune, "_on", lambda device: contextlib.nullcontext(torch.device("cpu"))),
+        stubbed(),
+    ):
         found = autotune.search(key, DEVICE, full=False)
     return found.config == replace(base, num_stages=1), found.us, found.analytic_us, ahead[0]
 

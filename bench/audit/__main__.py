@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in problems(options.quick)
         if problem.n in (options.n or (problem.n,)) and problem.variant in (options.variant or VARIANTS)
     ]
-    rows = audit(chosen, options.target or tuple(TARGETS), options.jobs)
+    rows = audit([(target, problem) for problem in chosen for target in options.target or TARGETS], options.jobs)
     for table in tables(rows):
         console.print(table)
     for line in rules.worse(rules.frozen(), rules.figures(rows)):

@@ -98,13 +98,13 @@ class Row(NamedTuple):
         return next((kernel for kernel in self.kernels if kernel.step in ("forward", "backward")), None)
 
 
-def audit(problems: Sequence[Problem], targets: Sequence[str] = tuple(TARGETS), jobs: int | None = None) -> list[Row]:
-    """One row per target and problem."""
-    tasks = [(target, problem) for problem in problems for target in targets]  # targets of a problem share what is interpreted
+def audit(tasks: Sequence[tuple[str, Problem]], jobs: int | None = None) -> list[Row]:
+    """One row per target and problem, in the order of targets. Targets of a problem that follow one another share what is interpreted."""
+    tasks = list(tasks)
     compiled = in_processes(_compile, tasks, jobs, "compiling", TRITON_INTERPRET=None)
     counted = in_processes(_count, tasks, jobs, "counting bytes", TRITON_INTERPRET="1")
     rows = [Row(*task, *first, second) for task, first, second in zip(tasks, compiled, counted, strict=True)]
-    return sorted(rows, key=lambda row: list(targets).index(row.target))
+    return sorted(rows, key=lambda row: list(TARGETS).index(row.target))
 
 
 def in_processes(function: Callable, tasks: list, jobs: int | None, label: str, **environment: str | None) -> list:

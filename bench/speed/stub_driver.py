@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -38,15 +39,18 @@ _ANSWERS = {
 }
 
 
-def _build(folder: Path) -> ctypes.CDLL:
-    """The stub of every function of libcuda that this Triton's launcher names, loaded under the name that the launcher opens."""
+@cache
+def _library() -> tuple[tempfile.TemporaryDirectory, ctypes.CDLL]:
+    """The stub of every function of libcuda that this Triton's launcher names, loaded once under the name that the launcher opens."""
+    directory = tempfile.TemporaryDirectory()
+    folder = Path(directory.name)
     names = re.findall(r"\bcu[A-Z]\w+", Path(nvidia.__file__).with_suffix(".c").read_text() + Path(nvidia.__file__).read_text())
     functions = [f"int {name}{_ANSWERS.get(name, '() { return 0; }')}" for name in sorted({*names, *_ANSWERS})]
     source, library = folder / "stub.c", folder / "libcuda.so.1"
     source.write_text("\n".join(["int launches;", *functions]))
     command = ["cc", "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return directory, ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
 class _Driver(nvidia.CudaDriver):
@@ -74,15 +78,14 @@ def stubbed() -> Iterator[Stub]:
     """While it is active, Triton's kernels are compiled for sm_90 and launched into nothing, and CPU tensors pass for tensors of a GPU."""
     if launch.INTERPRETED:
         raise RuntimeError("the host path does not run under TRITON_INTERPRET=1")
+    directory, library = _library()
     with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder),
+        mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=directory.name),
         launch.pretend(DEVICE),
         mock.patch.object(table, "search", None),  # by time, of which there is none here
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),  # builds for CPUs have none
         mock.patch.object(torch._C, "_cuda_getDevice", lambda: -1, create=True),  # which is what a CPU tensor says
     ):
-        library = _build(Path(folder))
         triton.runtime.driver.set_active(_Driver())
         try:
             yield Stub(library)
