@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transforms import TRANSFORMS, VMAPPED, double_backward, gradients
-from variants import VARIANTS, N, every_function, every_variant, leaves, trained
+from variants import FUNCTIONS, VARIANTS, N, every_function, every_variant, id_of, leaves, trained
 
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, rms_norm
 from triton_rmsnorm.reference import Spec, accumulation_dtype
@@ -52,10 +52,12 @@ def assert_equal(ours, theirs) -> None:
         assert our.dtype == their.dtype and our.stride() == their.stride() and torch.equal(our, their)
 
 
-@every_variant
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_same_kernels_and_bits(variant, dtype, dynamic, device, launches):
+SAME = [(name, torch.bfloat16, False) for name in VARIANTS] + [(name, torch.float64, True) for name in FUNCTIONS]
+
+
+@pytest.mark.parametrize(("name", "dtype", "dynamic"), SAME, ids=id_of)
+def test_same_kernels_and_bits(name, dtype, dynamic, device, launches):
+    variant = VARIANTS[name]
     tensors = variant.draw((4, 3, N), dtype, device)
     expected = trained(variant.ours, tensors)
     eager = [recorded.step for recorded in launches]
@@ -85,7 +87,7 @@ def test_layouts(of, ndim, device):
     assert_equal(trained(compiles(norm), [x]), trained(norm, [x]))
 
 
-ROWS = ((3, 4), (5, 4), (7, 9), (200, 2), (2, 300))
+ROWS = ((3, 4), (7, 9), (2, 300))
 
 
 def test_rows_compile_nothing_anew(module):
@@ -133,7 +135,7 @@ def test_eps_is_an_argument(dynamic, device):
     """Each value is the one that is used, whether a graph was made for it or for any."""
     compiled = compiles(lambda x, eps: rms_norm(x, (N,), eps=eps), dynamic=dynamic)
     x = draw((5, N), torch.float64, device)
-    for eps in (1e-5, 0.1, 1e-5, 3.0, 7.25, 2, None):
+    for eps in (1e-5, 0.1, 3.0, 2, None):
         assert_equal(compiled(x, eps), rms_norm(x, (N,), eps=eps))
 
 
@@ -148,12 +150,12 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-def test_inductor(dynamic, device, launches):
+@torch._inductor.config.patch(compile_threads=1)  # no processes of its own
+def test_inductor(device, launches):
     """Among operations that Inductor generates code for: one launch forward, two backward, for any number of rows."""
     block = Block().to(device)
-    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
-    for shape in ((3, 4, 64), (5, 4, 64), (8, 4, 64)):
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for shape in ((3, 4, 64), (5, 4, 64)):
         x = draw(shape, torch.float32, device)
         expected = trained(block, [x])
         launches.clear()
@@ -222,10 +224,10 @@ def test_double_backward_of_compiled_is_an_error(device):
         double_backward(compiles(plain), VARIANTS["plain"].draw((4, N), torch.float32, device))
 
 
-@every_function
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("transform", ["backward", "double_backward"])
-def test_compiled_autograd(function, transform, device):
+@pytest.mark.parametrize(("name", "transform"), [*((name, "backward") for name in FUNCTIONS), ("residual", "double_backward")])
+def test_compiled_autograd(name, transform, device):
+    function = FUNCTIONS[name]
     tensors = function.draw((4, 3, N), torch.float64, device)
     expected = TRANSFORMS[transform](function.ours, tensors)
     with compiled_autograd._enable(torch.compile(backend="aot_eager")):
@@ -280,8 +282,9 @@ FAKED = {
 @every_variant
 @pytest.mark.parametrize("layout", FAKED.values(), ids=FAKED)
 def test_fake_and_meta(variant, layout, device):
-    """Without data: shapes, dtypes and strides of outputs and gradients as with data, for all dtypes of x and of the weight."""
-    for dtype, weight_dtype in [*zip(DTYPES, DTYPES, strict=True), *zip(DTYPES, reversed(DTYPES), strict=True)]:
+    """Without data: shapes, dtypes and strides of outputs and gradients as with data; contiguous, for all dtypes of x and of the weight."""
+    dtypes = [*zip(DTYPES, DTYPES, strict=True), *zip(DTYPES, reversed(DTYPES), strict=True)]
+    for dtype, weight_dtype in dtypes if layout is FAKED["contiguous"] else dtypes[1:2] + dtypes[-2:-1]:
         tensors = [
             t.to(weight_dtype) if argument == "weight" else layout(t)
             for argument, t in zip(variant.arguments, variant.draw((4, 3, 3, N), dtype, device), strict=True)
@@ -313,6 +316,9 @@ SAMPLES = {
 }
 
 
+WITHOUT_AUTOGRAD = ("test_schema", "test_faketensor")
+
+
 @pytest.mark.parametrize(("dtype", "weight_dtype", "spec", "other"), SAMPLES.values(), ids=SAMPLES)
 def test_opcheck(dtype, weight_dtype, spec, other, device):
     """Schema, fake, autograd registration and AOTAutograd with dynamic shapes, of both operators; what is not needed is an empty tensor."""
@@ -320,8 +326,8 @@ def test_opcheck(dtype, weight_dtype, spec, other, device):
     weight = None if weight_dtype is None else draw(spec.normalized_shape, weight_dtype, device)
     residual, gate = (more if other == name else None for name in ("residual", "gate"))
     tensors = (x, weight, residual, gate)
-    for given in (tensors, [None if t is None else t.clone().requires_grad_() for t in tensors]):
-        opcheck(ops.forward.default, (*given, *spec))
+    opcheck(ops.forward.default, (*tensors, *spec), test_utils=WITHOUT_AUTOGRAD)
+    opcheck(ops.forward.default, (*(None if t is None else t.clone().requires_grad_() for t in tensors), *spec))
 
     _, rstd, residual_out = ops.forward(*tensors, *spec)
     assert rstd.dtype == accumulation_dtype(x, residual, gate)
@@ -329,7 +335,7 @@ def test_opcheck(dtype, weight_dtype, spec, other, device):
     has_weight, has_residual, has_gate = weight is not None, other == "residual", other == "gate"
     for needs in ([True, has_weight, has_residual, has_gate], [False, has_weight, False, False], [True, False, has_residual, has_gate]):
         if any(needs):
-            opcheck(ops.backward.default, (dy, residual, *saved, dtype, needs, *spec))
+            opcheck(ops.backward.default, (dy, residual, *saved, dtype, needs, *spec), test_utils=WITHOUT_AUTOGRAD)
     differentiable = [t.clone().requires_grad_() if isinstance(t, Tensor) and t is not rstd else t for t in (dy, None, *saved)]
     opcheck(ops.backward.default, (*differentiable, dtype, [True, has_weight, False, has_gate], *spec))
 

@@ -39,7 +39,7 @@ def code_for_rows() -> dict[tuple, bool]:
 
     return {
         (target, direction, n): all(codes(1, n, direction, target=target) == codes(m, n, direction, target=target) for m in (16, 17))
-        for target, direction, n in itertools.product(("sm_90", "gfx942"), DIRECTIONS, COLUMNS)
+        for (target, n), direction in itertools.product([*(("sm_90", n) for n in COLUMNS), ("gfx942", 33), ("gfx942", 300_000)], DIRECTIONS)
     }
 
 
@@ -60,7 +60,7 @@ def codes_of_views() -> int:
 def arithmetic() -> dict[tuple, Counter]:
     """How often each instruction of fp32 arithmetic occurs. Without a rounding (.rn), the assembler may contract it."""
     found = {}
-    for direction, variant, dtype in itertools.product(DIRECTIONS, VARIANTS, ("fp32", "bf16")):
+    for direction, (variant, dtype) in itertools.product(DIRECTIONS, [*((variant, "fp32") for variant in VARIANTS), ("plain", "bf16")]):
         for launch in launches(Problem(64, 33, direction, variant, dtype, dtype), TARGETS["sm_90"].device):
             found[launch.step, variant, dtype] = Counter(re.findall(FLOAT, code_of(launch)))
     (launch,) = launches(Problem(64, 33, dtype="fp32", weight_dtype="fp32"), TARGETS["sm_90"].device)
