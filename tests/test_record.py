@@ -1,6 +1,7 @@
 """The record of a GPU: what is done in which time, what is kept, and how it goes on; with steps and a clock that are made up."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_up import LARGE, run_of, timed
+from processes import compiled
 
 from bench import records
 from bench.providers import CEILING, EAGER, OURS
@@ -17,7 +19,9 @@ from bench.record import run
 from bench.record.apply import MARK, apply
 from bench.record.page import REHEARSAL
 from bench.record.run import RECORD, Recorder, plan, share
+from bench.record.step import perform
 from bench.record.steps import STEPS, Outcome, Step
+from bench.speed import run as speed
 from triton_rmsnorm.runtime import table
 
 ABOUT = {"gpu": "NVIDIA H100", "commit": "c", "triton_rmsnorm": "1", "torch": "2", "triton": "3", "date": "2027-01-01T00:00:00+00:00"}
@@ -204,9 +208,20 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
 
 @without_gpu
 @pytest.mark.slow
-@pytest.mark.xdist_group("rehearsal")
-def test_rehearsal(tmp_path, capsys):
-    """All steps in their processes, and again: nothing is left to do."""
+@pytest.mark.xdist_group("compiled")
+def test_rehearsal(tmp_path, capsys, monkeypatch):
+    """All steps, and again: nothing is left to do. To save time, only one has a process of its own, and the host's one that compiles."""
+    in_process = Recorder._in_process
+
+    def in_few_processes(recorder: Recorder, step: Step, folder: Path, minutes: float) -> Outcome:
+        if step.name == "ceiling":
+            return in_process(recorder, step, folder, minutes)
+        arguments = step.name, folder, minutes, True
+        return compiled(perform, *arguments) if step.name == "host" else perform(*arguments)
+
+    monkeypatch.setattr(Recorder, "_in_process", in_few_processes)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # processes of pytest
+    monkeypatch.setattr(speed, "_compile_ahead", lambda *_: None)  # see test_bench.py
     out = tmp_path / "out"
     arguments = ["--rehearse", "--out", str(out), "--minutes", "200"]
     assert command.main(arguments) == 0

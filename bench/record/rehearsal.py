@@ -65,7 +65,7 @@ def stand_ins() -> Iterator[None]:
         mock.patch.object(steps, "FIRST_USED", COLUMNS[:2]),
         mock.patch.object(self_check, "PROBLEMS", [(torch.float32, torch.float32, 19, 100)]),
         mock.patch.object(benchmark, "PROVIDERS", {name: PROVIDERS[name] for name in (OURS, EAGER)}),
-        mock.patch.dict(PRESETS, {"1b": replace(PRESETS["tiny"], steps=8, batch=1, seq_len=16)}),
+        mock.patch.dict(PRESETS, {"1b": replace(PRESETS["tiny"], steps=4, batch=1, seq_len=16)}),
         mock.patch.dict(TRAINED, {name: TRAINED[name] for name in (BASELINE, CONTROL, "ours", RECOMPUTED)}, clear=True),
         launch.pretend(SM_90) if launch.INTERPRETED else nullcontext(),
     ):

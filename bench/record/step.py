@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 from bench import records
 from bench.record.rehearsal import stand_ins
@@ -13,16 +14,19 @@ from triton_rmsnorm.runtime import table
 FILE = "outcome.json"  # not part of the record's files
 
 
-def main(name: str, folder: Path, minutes: float, rehearse: bool) -> None:
-    records.RESULTS, table.SHIPPED = folder, folder / "tuned"  # what this record tunes is what it measures
+def perform(name: str, folder: Path, minutes: float, rehearse: bool) -> Outcome:
+    """One step. What this record tunes is what it measures, and its results go to the folder."""
+    there, tuned = mock.patch.object(records, "RESULTS", folder), mock.patch.object(table, "SHIPPED", folder / "tuned")
     try:
-        with stand_ins() if rehearse else nullcontext():
-            outcome = STEPS[name].run(folder, minutes)
+        with there, tuned, stand_ins() if rehearse else nullcontext():
+            return STEPS[name].run(folder, minutes)
     except (Exception, SystemExit) as error:
         outcome = Outcome("failed", f"{type(error).__name__}: {error}".split("\n")[0][:300])
         print(outcome.note, flush=True)
-    (folder / FILE).write_text(json.dumps(outcome._asdict()))
+        return outcome
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), "--rehearse" in sys.argv)
+    step, out = sys.argv[1], Path(sys.argv[2])
+    outcome = perform(step, out, float(sys.argv[3]), "--rehearse" in sys.argv)
+    (out / FILE).write_text(json.dumps(outcome._asdict()))
