@@ -103,7 +103,7 @@ def cases(dtype: torch.dtype) -> dict[str, Problem]:
         "x_hat_rounded": plain._replace(fields={"x_hat_dtype": torch.bfloat16}),
         "rstd_rounded": plain._replace(fields={"x_hat_dtype": torch.float16, "rstd_dtype": torch.bfloat16}),
         "residual": residual,
-        "residual_fp32": residual._replace(residual=torch.float32),
+        "residual_fp32": residual._replace(weight=torch.float32, residual=torch.float32, fields={"weight_offset": 1.0}),
         "residual_bf16": residual._replace(residual=torch.bfloat16),
         "gate": gate._replace(fields={"activation": "silu"}),
         "gate_first": gate._replace(fields={"activation": "gelu_tanh", "norm_before_gate": False, "group_size": 24}),
