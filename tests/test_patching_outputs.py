@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from triton_rmsnorm import patch
+from triton_rmsnorm.patching import replacement
 
 
 class WithOffset(Norm):
@@ -119,6 +120,16 @@ def test_autocast(cls, dtype, device):
     for enabled in (True, False, True):
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             torch.testing.assert_close(norm(x), original_of(norm)(x))
+
+
+def test_autocast_is_off_inside(monkeypatch, device):
+    """Where it would change nothing of the original's result: on a GPU, rms_norm itself follows autocast."""
+    norm, enabled = Norm().to(device), []
+    assert patch(norm).replaced == 1
+    monkeypatch.setattr(replacement, "rms_norm", lambda *_, **__: enabled.append(torch.is_autocast_enabled(device.type)))
+    with torch.autocast(device.type, torch.bfloat16):
+        norm(torch.randn(4, COLUMNS, device=device))
+    assert enabled == [False]
 
 
 def test_fused_under_autocast(device, launches):
