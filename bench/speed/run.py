@@ -112,8 +112,6 @@ def _compile_ahead(todo: dict[Problem, list[str]], device: torch.device, jobs: i
             failed += future.exception() is not None
     except TimeoutError:
         failed += sum(not future.done() for future in futures)
-        for process in multiprocessing.active_children():
-            process.terminate()
     if failed:  # the process that measures will do it
         print(f"{failed} of {len(futures)} problems are not compiled ahead")
     pool.stop()  # also what is still being compiled: it would share the GPU with what is timed
