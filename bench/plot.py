@@ -19,8 +19,12 @@ PICTURES = {"run": report.picture, "audit": picture.picture, "cost": cost.pictur
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=", ".join(f"{kind}-*.json" for kind in PICTURES))
+    kinds = ", ".join(f"{kind}-*.json" for kind in PICTURES)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=kinds)
     files = parser.parse_args(arguments).files or list(filter(None, (records.newest("run"), picture.newest())))
+    for file in files:
+        if file.name.split("-")[0] not in PICTURES:
+            parser.error(f"FILE must be one of {kinds}, got {file.name}")
     if not files:
         print(f"There are no results in {records.RESULTS}: python -m bench.run makes them.")
         return 1

@@ -356,6 +356,9 @@ def test_plot(tmp_path, monkeypatch, capsys):
     (picture,) = tmp_path.glob("*.png")
     assert picture.name == "run-quick-none-20260102.png" and picture.stat().st_size > 20_000
     assert str(picture) in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / "sweep-none.json")])
+    assert "FILE must be one of run-*.json, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("problems", [LARGE, LARGE[:1], []], ids=["all", "one row", "nothing"])
