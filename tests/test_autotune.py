@@ -4,6 +4,7 @@ The kernels are interpreted, with the configurations of an H100; a made-up clock
 """
 
 import fcntl
+import importlib
 import json
 import os
 import subprocess
@@ -15,9 +16,11 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from processes import compiled
 
 import triton_rmsnorm
 from triton_rmsnorm.runtime import autotune, launch, table, timing
@@ -204,18 +207,29 @@ def test_a_difference_within_the_noise_is_not_a_gain(clock, few, monkeypatch):
     assert autotune.search(key, SM_90, full=False).config == analytic(key, SM_90)
 
 
+def search_at_import(variable: str | None) -> bool:
+    """Whether the package installs its search where the environment variable has this value; None: it is not set."""
+    before = table.search
+    environment = {name: value for name, value in os.environ.items() if name != autotune.VARIABLE}
+    try:
+        with mock.patch.dict(os.environ, environment | ({} if variable is None else {autotune.VARIABLE: variable}), clear=True):
+            table.search = None
+            importlib.reload(autotune)
+        return table.search is autotune.tune
+    finally:
+        table.search = before
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("environment", "search"),
-    [({autotune.VARIABLE: "0"}, "None"), ({}, "tune"), ({"TRITON_INTERPRET": "1"}, "None")],
-    ids=["off", "not set", "interpreter"],
-)
-def test_on_by_default(environment, search):
+@pytest.mark.xdist_group("compiled")
+def test_on_by_default():
     """It is read when the package is imported; under the interpreter nothing is tuned by default."""
-    script = Path(__file__).parent / "scripts" / "search_at_import.py"
-    others = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", autotune.VARIABLE)}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=others | environment)
-    assert done.stdout == f"{search}\n"
+    assert [compiled(search_at_import, variable) for variable in ("0", "", None)] == [False, True, True]
+    if launch.INTERPRETED:
+        script = Path(__file__).parent / "scripts" / "search_at_import.py"
+        environment = {name: value for name, value in os.environ.items() if name != autotune.VARIABLE}
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=environment)
+        assert done.stdout == "None\n"
 
 
 @pytest.mark.slow

@@ -210,10 +210,12 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.xdist_group("compiled")
 def test_rehearsal(tmp_path, capsys, monkeypatch):
-    """All steps, and again: nothing is left to do. To save time, only one has a process of its own, and the host's one that compiles."""
+    """All steps but the full suite, and again: nothing is left to do. To save time, few have processes of their own."""
     in_process = Recorder._in_process
 
     def in_few_processes(recorder: Recorder, step: Step, folder: Path, minutes: float) -> Outcome:
+        if step.name == "full":
+            return Outcome()
         if step.name == "ceiling":
             return in_process(recorder, step, folder, minutes)
         arguments = step.name, folder, minutes, True
