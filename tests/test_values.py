@@ -79,7 +79,6 @@ DEVICES = {
     "sm_80": config.SM_80,
     "sm_90": config.SM_90,
     "sm_90_without_clusters": config.SM_90._replace(max_ctas=1),
-    "sm_100": config.SM_100,
     "gfx942": config.GFX942,
     "three_programs": config.SM_90._replace(num_sms=3),  # so that each walks over many tiles
 }
