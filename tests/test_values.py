@@ -85,6 +85,7 @@ DEVICES = {
 ON_DEVICES = [
     *(Problem(shape, BF16) for shape in ((45, 127), (21, 1000), (7, 4096))),
     Problem((2, 70000), weight=None),  # a cluster of thread blocks, or blocks of columns both ways
+    Problem((45, 256), BF16, BF16, fields={"group_size": 128}),  # several programs for each group
 ]
 # The sum of dw takes a program for every 32 columns.
 MORE = [Problem(shape, BF16, F32 if shape[1] < 10_000 else None, F32) for shape in ((45, 200), (3, 4096), (3, 20000))]
