@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from itertools import product
 from math import inf
 
 import pytest
@@ -53,7 +52,7 @@ ROW = Row("sm_90", PLAIN, "", [KERNEL], False, TRAFFIC)
 # A small part of the grid: `python -m bench.audit --quick` takes minutes.
 DIRECTIONS = ("forward", "backward")
 PART = [(target, PLAIN._replace(direction=direction)) for direction in DIRECTIONS for target in DEVICES]
-PART += [("sm_90", Problem(8192, 2048, *of)) for of in product(DIRECTIONS, ("groups", "residual", "gate", "gate_first"))]
+PART += [("sm_90", Problem(8192, 2048, "backward", variant)) for variant in ("groups", "residual", "gate", "gate_first")]
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ BATCHED = {
 
 @pytest.mark.parametrize("dims", BATCHED.values(), ids=BATCHED)
 @pytest.mark.parametrize("transform", VMAPPED.values(), ids=VMAPPED)
-@pytest.mark.parametrize("variant", [*FUNCTIONS, "gate_first"])
+@pytest.mark.parametrize("variant", FUNCTIONS)
 def test_vmap(variant, transform, dims, device):
     variant = VARIANTS[variant]
     if variant.arguments == ("x", "weight") and dims in (BATCHED["x"], BATCHED["other"]):

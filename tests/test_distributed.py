@@ -241,16 +241,15 @@ def second_derivatives():
 @check_on(2)
 def compiled():
     """torch.compile with DTensors: one graph, the same results and placements as in eager."""
-    for name in ("residual", "gate"):
-        variant, results = VARIANTS[name], []
-        tensors = variant.draw((4, 3, N), torch.float32, CPU)
-        for function in (variant.ours, torch.compile(variant.ours, backend="aot_eager", fullgraph=True)):
-            placed = [distributed(t, mesh(), *w) for t, w in zip(tensors, variant.per_argument((Shard(0),), (Replicate(),)), strict=True)]
-            outputs = tree_leaves(function(*placed))
-            torch.autograd.backward(outputs, [y.detach().cos() for y in outputs])
-            results.append([*outputs, *[t.grad for t in placed]])
-        for eager, ours in zip(*results, strict=True):
-            assert ours.placements == eager.placements and torch.equal(ours.full_tensor(), eager.full_tensor())
+    variant, results = VARIANTS["residual"], []
+    tensors = variant.draw((4, 3, N), torch.float32, CPU)
+    for function in (variant.ours, torch.compile(variant.ours, backend="aot_eager", fullgraph=True)):
+        placed = [distributed(t, mesh(), *w) for t, w in zip(tensors, variant.per_argument((Shard(0),), (Replicate(),)), strict=True)]
+        outputs = tree_leaves(function(*placed))
+        torch.autograd.backward(outputs, [y.detach().cos() for y in outputs])
+        results.append([*outputs, *[t.grad for t in placed]])
+    for eager, ours in zip(*results, strict=True):
+        assert ours.placements == eager.placements and torch.equal(ours.full_tensor(), eager.full_tensor())
 
 
 TORCHS: dict[str, dict] = {}  # runs without our kernels, by their job
@@ -321,7 +320,7 @@ def a_lost_gradient_shows():
 
     plan.backward = lossy
     try:
-        for parallel, tp in (("ddp", 1), ("fsdp", 1), ("tp", 2)):
+        for parallel, tp in (("ddp", 1), ("tp", 2)):
             difference, tolerance = losses(parallel, tp)
             assert difference > 10 * tolerance, (parallel, difference, tolerance)
         losing = (0, 1)
