@@ -31,7 +31,7 @@ def keys(problem: Problem) -> list[Key]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--suite", choices=SUITES, default="full", help="the problems of bench.run to tune for")
-    parser.add_argument("--minutes", type=float, default=10, help="begin no search after so many minutes")
+    parser.add_argument("--minutes", type=float, default=10, help="start no new search after this many minutes")
     parser.add_argument("--output", type=Path, help="another file than the shipped table")
     options = parser.parse_args(arguments)
     device = launch.device_of(records.gpu())

@@ -44,7 +44,7 @@ def test_norms_of_ours_by_hand():
     add = {"read": 2 * TOKENS * ROW, "written": TOKENS * ROW}
     assert small(OURS).cost("norms", "forward") == Cost(4, 2 * (norm["read"] + add["read"]), 2 * (norm["written"] + add["written"]))
     main, _ = launches_of_problem(Problem(TOKENS, HIDDEN, "backward"), config.SM_90)
-    partial = main.launch.grid[0] * 4 * HIDDEN  # each program writes a row of partial sums of dw
+    partial = main.launch.grid[0] * 4 * HIDDEN  # every program writes one row of partial sums of dw
     read, written = 2 * TOKENS * ROW + ROW + 4 * TOKENS + partial, TOKENS * ROW + partial + ROW  # dy, x, weight, rstd; dx, dw
     assert small(OURS).cost("norms", "backward") == Cost(2 * 2 + 2, 2 * (read + add["read"]), 2 * (written + add["written"]))
 

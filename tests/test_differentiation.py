@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 def assert_alike(ours, theirs) -> None:
     """Equal trees of fp64 tensors, but for the order of a sum; None only where torch has None."""
+    # In another order, a sum in fp64 differs by a few eps (2e-16) of its terms, which are about 1. A missing term is far above 1e-10.
     torch.testing.assert_close(tree_leaves(ours), tree_leaves(theirs), rtol=1e-10, atol=1e-10)
 
 

@@ -1,7 +1,7 @@
 """The grid of the audit, and what is found out about each of its problems on each target: a row."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from tempfile import TemporaryDirectory
@@ -98,9 +98,8 @@ class Row(NamedTuple):
         return next((kernel for kernel in self.kernels if kernel.step in ("forward", "backward")), None)
 
 
-def audit(tasks: Sequence[tuple[str, Problem]], jobs: int | None = None) -> list[Row]:
+def audit(tasks: list[tuple[str, Problem]], jobs: int | None = None) -> list[Row]:
     """One row per target and problem, in the order of targets. Targets of a problem that follow one another share what is interpreted."""
-    tasks = list(tasks)
     compiled = in_processes(_compile, tasks, jobs, "compiling", TRITON_INTERPRET=None)
     counted = in_processes(_count, tasks, jobs, "counting bytes", TRITON_INTERPRET="1")
     rows = [Row(*task, *first, second) for task, first, second in zip(tasks, compiled, counted, strict=True)]

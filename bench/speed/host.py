@@ -124,7 +124,7 @@ def picture(result: dict):
     axes.set_yticks(range(len(found)), found)
     axes.invert_yaxis()
     axes.set(xlabel="host time per call (µs)", xlim=(0, 1.1 * max(times["training"] for times in found.values())))
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     axes.grid(axis="x", alpha=0.3)
     versions = records.words(about, "triton_rmsnorm", "torch", "triton")
     where = f"{about['gpu']}, driver {about['driver']}" if about["gpu"] != "none" else "no GPU, the driver is a stub that does nothing"
