@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from triton_rmsnorm import add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm import add_rms_norm, functional, rms_norm, rms_norm_gated
 from triton_rmsnorm.runtime import launch
 
 X, W = torch.ones(4, 6), torch.ones(6)
@@ -62,6 +62,10 @@ OURS = {
     "residual_shape": (lambda: add_rms_norm(X, X[:1], (6,)), RuntimeError, "residual must have the shape of input, (4, 6), got (1, 6)"),
     "residual_meta": (lambda: add_rms_norm(X, X.to("meta"), (6,)), RuntimeError, "residual must be on the device of input, cpu, got meta"),
     "int_residual": (lambda: add_rms_norm(X, X.int(), (6,)), NotImplementedError, f"residual {REAL}, got torch.int32"),
+    "group_of_float": (lambda: rms_norm(X, (6,), group_size=3.0), TypeError, "group_size must be an int or None, got 3.0"),
+    "offset_is_none": (lambda: rms_norm(X, (6,), W, weight_offset=None), TypeError, "weight_offset must be a float, got NoneType"),
+    "x_hat_dtype": (lambda: rms_norm(X, (6,), x_hat_dtype=torch.int8), NotImplementedError, f"x_hat_dtype {REAL}, got torch.int8"),
+    "rstd_dtype": (lambda: rms_norm(X, (6,), rstd_dtype="float16"), TypeError, "rstd_dtype must be a torch.dtype or None, got str"),
     "no_residual": (lambda: add_rms_norm(X, None, (6,)), TypeError, "residual must be a Tensor, got NoneType"),
     "complex_input": (lambda: add_rms_norm(X.to(C64), X, (6,)), NotImplementedError, f"input {REAL}, got {C64}"),
     "gate_shape": (lambda: rms_norm_gated(X, X[..., :4], (6,)), RuntimeError, "gate must have the shape of input, (4, 6), got (4, 4)"),
@@ -83,7 +87,7 @@ def test_beyond_torch(call, error, message):
 GOOD = {
     "list": (X, [6]),
     "size": (X, X.shape[-1:]),
-    "numpy_int": (torch.randn(5, 7), (np.int64(7),)),  # a shape of its own: equal ones are checked once
+    "numpy_int": (X, (np.int64(6),)),
     "eps_int": (X, (6,), W, 1),
     "eps_bool": (X, (6,), W, True),
     "eps_scalar_tensor": (X, (6,), W, torch.tensor(1e-5)),
@@ -94,11 +98,27 @@ GOOD = {
 }
 
 
+@pytest.fixture
+def nothing_known() -> None:
+    """Equal values of other types were not seen before."""
+    functional._cached_fit.cache_clear()
+    launch.forget()
+
+
 @pytest.mark.parametrize("arguments", GOOD.values(), ids=GOOD)
-def test_accepted_as_by_torch(arguments):
+def test_accepted_as_by_torch(arguments, nothing_known):
     ours, theirs = rms_norm(*arguments), F.rms_norm(*arguments)
     assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
     assert ours.is_meta or torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("number", [1, True, np.float32(1), np.int64(1), torch.tensor(1.0), torch.tensor(1)], ids=repr)
+def test_numbers_of_other_types(number, device, nothing_known):
+    x, w = (tensor.to(device, copy=True).requires_grad_() for tensor in (X, W))
+    y = rms_norm(x, (6,), w, weight_offset=number, group_size=np.int64(2))
+    y.sum().backward()
+    expected = rms_norm(X.to(device), (6,), W.to(device), weight_offset=1.0, group_size=2)
+    assert torch.equal(y, expected)
 
 
 def test_signature():

@@ -223,8 +223,14 @@ def _checked(
             break
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
-    if eps is not None and type(eps) is not float and not isinstance(eps, (float, int, torch.SymFloat, torch.SymInt)):
-        eps = _number(eps)
+    if eps is not None and type(eps) is not float:
+        eps = _number(eps, "eps must be a float or None")
+    group_size, weight_offset, *rest = options
+    if type(weight_offset) is not float or (group_size is not None and type(group_size) is not int):
+        weight_offset = _number(weight_offset, "weight_offset must be a float")
+        if group_size is not None and (group_size := _integer(given := group_size)) is None:
+            raise TypeError(f"group_size must be an int or None, got {given!r}")
+        options = (group_size, weight_offset, *rest)
     if (tracing := torch._C._get_tracing_state()) is not None:  # sizes would be traced tensors
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
@@ -289,6 +295,12 @@ def _fit(
         _check_layout("weight", weight.layout)
     if real:
         _check_layout("input", x.layout)
+    for name in ("x_hat_dtype", "rstd_dtype"):
+        dtype = getattr(spec, name)
+        if not isinstance(dtype, torch.dtype | None):
+            raise TypeError(f"{name} must be a torch.dtype or None, got {type(dtype).__name__}")
+        if dtype is not None:
+            _check_dtype(name, dtype)
     size = prod(normalized_shape)
     if spec.group_size is not None and (spec.group_size < 1 or size % spec.group_size):
         raise ValueError(f"group_size must divide the normalized size {size}, got {spec.group_size}")
@@ -322,23 +334,30 @@ def _check_layout(name: str, layout: torch.layout) -> None:
 
 def _sizes(normalized_shape: Sequence[Any]) -> tuple[Any, ...]:
     """The same as ints, or as what stands for ints while torch compiles or traces."""
-    sizes: list[Any] = []
-    for size in normalized_shape:
-        if isinstance(size, Tensor) and torch._C._get_tracing_state() is not None and size.dim() == 0:  # of torch.jit.trace
-            sizes.append(size)
-        elif isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool):
-            sizes.append(size if isinstance(size, torch.SymInt) else int(size))
-        else:
-            raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
-    return tuple(sizes)
+    sizes = tuple(map(_integer, normalized_shape))
+    if any(size is None for size in sizes):
+        raise TypeError(f"normalized_shape must be a tuple of ints, got {normalized_shape!r}")
+    return sizes
 
 
-def _number(eps: Any) -> float:
-    if isinstance(eps, Tensor) and eps.dim() == 0 and not eps.requires_grad:
-        return eps.item()
-    if isinstance(eps, Real):  # NumPy's
-        return float(eps)
-    raise TypeError(f"eps must be a float or None, got {type(eps).__name__}")
+def _integer(size: Any) -> Any:
+    """An int, or what stands for one while torch compiles or traces; None if `size` is something else."""
+    if isinstance(size, torch.SymInt):
+        return size
+    if isinstance(size, Tensor):
+        return size if torch._C._get_tracing_state() is not None and size.dim() == 0 else None
+    return int(size) if isinstance(size, Integral) and not isinstance(size, bool) else None
+
+
+def _number(value: Any, message: str) -> Any:
+    """A float, or what stands for one while torch compiles. Equal keys of a cache then have one type, and no tensor is a key."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
+        value = value.item()
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{message}, got {type(value).__name__}")
 
 
 # From 2.12 on, torch computes RMSNorm in fp32 under CUDA autocast, and returns fp32.
