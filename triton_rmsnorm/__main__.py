@@ -39,7 +39,7 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"TRITON_INTERPRET": "1"})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(describe(device))
-    if not launch.runs_on(device):
+    if not launch.runs_on(torch.empty(0, device=device)):
         print("FAILED: the kernels run neither on a GPU nor in the interpreter.")
         return 1
 

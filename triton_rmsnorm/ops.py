@@ -51,7 +51,7 @@ _library.define(
 def normalize(inputs: InputTuple, spec: Spec) -> OutputTuple:
     """y and x + residual, differentiable in every input; rstd is there or not, whichever is cheaper."""
     try:
-        if not launch.runs_on(inputs[0].device) or torch._C._get_tracing_state() is not None:
+        if not launch.runs_on(inputs[0]) or torch._C._get_tracing_state() is not None:
             return _torchs_own(inputs, spec)
         if torch._C._are_functorch_transforms_active():
             if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or _functionalized():

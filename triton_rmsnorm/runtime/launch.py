@@ -21,7 +21,7 @@ INTERPRETED = not isinstance(kernels._rms_norm_fwd_kernel, triton.JITFunction)
 # older versions know no reductions across a cluster.
 CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
-_device_types = {"cuda", "cpu"} if INTERPRETED else {"cuda"}
+_places = ("is_cuda", "is_cpu") if INTERPRETED else ("is_cuda",)  # attributes of tensors that the kernels run on
 _stand_in: Device | None = None
 _caches: list[Any] = []
 
@@ -105,10 +105,13 @@ def kept(function: Callable[P, R]) -> Callable[P, R]:
     return cached  # type: ignore[return-value]
 
 
-@kept
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of `device`: on a GPU, and on the CPU when Triton interprets."""
-    return device.type in _device_types
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernels can run on the device of x: on a GPU, and on the CPU when Triton interprets."""
+    # Neither a cache, of which torch.compile warns, nor the name of the device or a generator, which take longer.
+    for place in _places:  # noqa: SIM110
+        if getattr(x, place):
+            return True
+    return False
 
 
 def forget() -> None:
@@ -123,14 +126,14 @@ def pretend(device: Device | None, on: str = "cpu") -> Iterator[None]:
 
     With None for a device, the kernels run nowhere. This holds on all threads.
     """
-    global _stand_in, _device_types
-    before = _stand_in, _device_types
-    _stand_in, _device_types = device, (_device_types | {on} if device else set())
+    global _stand_in, _places
+    before = _stand_in, _places
+    _stand_in, _places = device, ((*_places, f"is_{on}") if device else ())
     forget()
     try:
         yield
     finally:
-        _stand_in, _device_types = before
+        _stand_in, _places = before
         forget()
 
 
