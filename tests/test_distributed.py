@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._pytree import tree_leaves
-from variants import FUNCTIONS, VARIANTS, N, Variant
+from variants import FUNCTIONS, VARIANTS, N, Variant, uneven
 
 from triton_rmsnorm import RMSNorm, recompute_norms, rms_norm
 from triton_rmsnorm.runtime import config, launch, plan
@@ -112,7 +112,7 @@ def compare(variant: Variant, tensors, on, placements, *, collectives: bool | No
     """
     whole = [t.detach().requires_grad_() for t in tensors]
     expected = tree_leaves(variant.ours(*whole))
-    expected_dys = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).cos() for y in expected]
+    expected_dys = [uneven(y) for y in expected]
     expected_gradients = torch.autograd.grad(expected, whole, expected_dys)
 
     placed = [distributed(t, on, *where) for t, where in zip(tensors, placements, strict=True)]
@@ -140,8 +140,8 @@ def rows_are_sharded():
     Where there are fewer rows than processes, DTensor itself redistributes before it asks an operator's rule.
     """
     on = mesh()
-    even, uneven = ((4, 4, 3, N), VARIANTS), ((5, 3, 3, N), FUNCTIONS)
-    for shape, variants in (even, uneven) if dist.get_world_size() == 2 else (uneven,):
+    equal, unequal = ((4, 4, 3, N), VARIANTS), ((5, 3, 3, N), FUNCTIONS)
+    for shape, variants in (equal, unequal) if dist.get_world_size() == 2 else (unequal,):
         for variant in variants.values():
             for dim in range(len(shape) - variant.ndim):
                 rows, weight = (Shard(dim),), (Replicate(),)

@@ -93,7 +93,7 @@ def inspect(recorded: Recorded, target: Target) -> Kernel:
     values, options = launch.values, launch.options
     given = tensors(recorded)
     code = read(compile_for(launch.kernel, [*recorded.pointers.values(), *launch.arguments], options, target.gpu), list(given))
-    per_sm = inf if recorded.step == "forward" else prod(launch.grid) * options["num_ctas"] / target.device.num_sms
+    per_sm = inf if recorded.step in ("forward", "c1") else prod(launch.grid) * options["num_ctas"] / target.device.num_sms
     columns = min(values["BLOCK_N"], values.get("N", values["BLOCK_N"]))
     loaded = {access.pointer for access in code.accesses if access.kind != "store"} & {*row_tensors}
     tile = sum(values["BLOCK_M"] * columns * row_tensors[name].itemsize for name in loaded)

@@ -1,5 +1,7 @@
 """The Triton kernels: two forwards, one that computes the output of a forward again, one backward, and two small helpers of the backward.
 
+They are in one file because they share the functions that the compiler inlines, and are read together.
+
 With x_hat = u · rstd, rstd = (mean(u²) + eps)^(-1/2), wdy = w · dy and c1 = mean(x_hat · wdy), means taken over the N columns of a row:
 
     y  = w · x_hat
