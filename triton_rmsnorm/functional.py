@@ -194,7 +194,7 @@ def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spe
         _check_dtype("input", input.dtype)
         _check_layout("input", input.layout)
     try:
-        return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
+        return torch.rms_norm(input, spec.normalized_shape, weight, eps)
     except RuntimeError as error:
         if input.layout is torch.strided:
             raise
