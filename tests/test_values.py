@@ -235,11 +235,12 @@ def test_many_partial_dw(dtype, device):
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0), (0, 0), (2, 0, 5), (2, 3, 0, 5)])
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_nothing(shape, ndim, device, launches):
-    """No rows or no columns: the same shapes and dtypes as torch, zeros for dweight, and no launch."""
+    """No rows or no columns: the same shapes, strides and dtypes as torch, zeros for dweight, and no launch."""
     for dtype in (BF16, F64):
         inputs, dy = Inputs(draw(shape, dtype, device), draw(shape[-ndim:], dtype, device)), draw(shape, dtype, device)
         results, theirs = (run(lambda x, w, *_, f=f: f(x, shape[-ndim:], w), inputs, dy) for f in (rms_norm, torchs))
         assert_same(results, theirs)
+        assert results.y.stride() == theirs.y.stride()
         assert torch.equal(results.dweight, torch.zeros_like(inputs.weight))
     assert not launches
 
