@@ -205,6 +205,17 @@ def test_channels_last(dims, ndim, device):
     torch.testing.assert_close(*results)
 
 
+def test_channels_last_under_vmap(device):
+    """Samples of four dimensions have a memory format, which vmap cannot tell."""
+    x = draw((2, 3, 4, 5, 6), torch.float32, device).to(memory_format=torch.channels_last_3d)
+
+    def results(norm) -> list[Tensor]:
+        grad = torch.func.grad(lambda x: norm(x, (6,)).square().sum())
+        return [torch.func.vmap(function, 2)(x) for function in (lambda x: norm(x, (6,)), grad)]
+
+    torch.testing.assert_close(results(rms_norm), results(F.rms_norm))
+
+
 @every_function
 def test_negated_everything(function, device):
     """Negative views of inputs, weights and gradients (of complex numbers' imaginary parts, for example)."""

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from triton_rmsnorm import reference
-from triton_rmsnorm.ops import normalize
+from triton_rmsnorm.ops import is_inside, normalize
 from triton_rmsnorm.reference import Spec
 
 _PLAIN = (Tensor, Parameter)
@@ -202,8 +202,10 @@ def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spe
 
 
 def _channels_last(input: Tensor, output: Tensor) -> Tensor:
-    """The output in the memory format of the input, which is what torch keeps of its layout."""
-    return output.contiguous(memory_format=suggest_memory_format(input)) if input.stride(1) == 1 else output
+    """The output in the memory format of the input, which is what torch keeps of its layout; vmap knows no memory formats."""
+    if input.stride(1) != 1 or (torch._C._are_functorch_transforms_active() and (torch.compiler.is_compiling() or is_inside("Vmap"))):
+        return output
+    return output.contiguous(memory_format=suggest_memory_format(input))
 
 
 def _checked(

@@ -53,7 +53,7 @@ def normalize(inputs: InputTuple, spec: Spec) -> OutputTuple:
         if not launch.runs_on(inputs[0]) or torch._C._get_tracing_state() is not None:
             return _torchs_own(inputs, spec)
         if torch._C._are_functorch_transforms_active():
-            if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or _functionalized():
+            if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or is_inside("Functionalize"):  # it knows no Functions
                 return reference.forward(Inputs(*inputs), spec)
             return TransformableForward.run(inputs, spec)
         if forward_ad._current_level >= 0 and has_tangent(inputs):
@@ -96,10 +96,9 @@ def _torchs_own(inputs: InputTuple, spec: Spec) -> OutputTuple:
     return reference.forward(Inputs(*inputs), spec)
 
 
-def _functionalized() -> bool:
-    """Whether torch.func.functionalize is around, which does not support autograd Functions."""
-    functionalize = torch._C._functorch.TransformType.Functionalize
-    return any(level.key() == functionalize for level in torch._C._functorch.get_interpreter_stack() or ())
+def is_inside(transform: str) -> bool:
+    """Whether torch.func's "Functionalize" or "Vmap" is around."""
+    return any(level.key().name == transform for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _to_operator(results: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, ...]:
