@@ -2,13 +2,14 @@
 
 import inspect
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from triton_rmsnorm import add_rms_norm, functional, rms_norm, rms_norm_gated
+from triton_rmsnorm import AddRMSNorm, add_rms_norm, functional, rms_norm, rms_norm_gated
 from triton_rmsnorm.runtime import launch
 
 X, W = torch.ones(4, 6), torch.ones(6)
@@ -74,13 +75,30 @@ OURS = {
         ValueError,
         "activation must be one of silu, sigmoid, gelu, gelu_tanh, relu, got 'swish'",
     ),
+    "order_is_string": (
+        lambda: rms_norm_gated(X, X, (6,), norm_before_gate="False"),
+        TypeError,
+        "norm_before_gate must be a bool, got 'False'",
+    ),
+    "unknown_option": (
+        lambda: AddRMSNorm(6, groupsize=2),
+        TypeError,
+        "AddRMSNorm.__init__() got an unexpected keyword argument 'groupsize'",
+    ),
+    "option_of_another": (
+        lambda: AddRMSNorm(6, activation="silu"),
+        TypeError,
+        "AddRMSNorm.__init__() got an unexpected keyword argument 'activation'",
+    ),
 }
 
 
 @pytest.mark.parametrize(("call", "error", "message"), OURS.values(), ids=OURS)
 def test_beyond_torch(call, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        call()
+    """Also where a mode sees the call first, such as that of torch.set_default_device."""
+    for context in (nullcontext(), torch.device("cpu")):
+        with context, pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
 
 
 # What torch accepts, too.

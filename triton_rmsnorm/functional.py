@@ -176,6 +176,8 @@ def rms_norm_gated(
         return handle_torch_function(rms_norm_gated, (input, gate, weight), input, gate, normalized_shape, weight, eps, **options)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    if type(norm_before_gate) is not bool:
+        raise TypeError(f"norm_before_gate must be a bool, got {norm_before_gate!r}")
     of_spec = (group_size, weight_offset, x_hat_dtype, rstd_dtype, activation, norm_before_gate)
     spec = _checked(input, normalized_shape, weight, eps, *of_spec, real=True)
     _check_beside("gate", gate, input)
@@ -183,9 +185,11 @@ def rms_norm_gated(
     return y
 
 
-def _set_options(**options: Any) -> dict[str, Any]:
+def _set_options(*, weight_offset: float, **options: Any) -> dict[str, Any]:
     """The options that are set: what overrides torch's rms_norm knows none of them."""
-    return {name: value for name, value in options.items() if value not in (None, 0.0)}
+    if type(weight_offset) is not float or weight_offset != 0.0:
+        options["weight_offset"] = weight_offset
+    return {name: value for name, value in options.items() if value is not None or name == "weight_offset"}
 
 
 def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spec) -> Tensor:
