@@ -190,15 +190,17 @@ def test_needs_grad(problem, needed, device, launches):
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in drawn.inputs._asdict().items() if t is not None}
     outputs = ours(problem.spec)(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert torch.equal(outputs[0], everything.y) and outputs[0].requires_grad == bool(needed)
+    needs_du, needs_dw = bool(needed & {"x", "residual"}), "weight" in needed
+    assert torch.equal(outputs[0], everything.y)
+    assert [y.requires_grad for y in outputs] == [bool(needed), needs_du][: len(outputs)]
     launches.clear()
     if needed:
-        torch.autograd.backward(outputs, (drawn.dy, drawn.dresidual_out)[: len(outputs)])
+        cotangents = (drawn.dy, drawn.dresidual_out)
+        torch.autograd.backward(*zip(*[pair for pair in zip(outputs, cotangents, strict=False) if pair[0].requires_grad], strict=True))
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == (name in needed)
         assert leaf.grad is None or torch.equal(leaf.grad, everything.present[f"d{name}"])
 
-    needs_du, needs_dw = bool(needed & {"x", "residual"}), "weight" in needed
     c1 = ["c1"] * (needs_du and problem.shape[-1] in BLOCKED and launch.INTERPRETED)
     steps = c1 + ["backward"] * bool(needed) + ["sum_partials"] * needs_dw
     assert [recorded.step for recorded in launches if launch.INTERPRETED or recorded.step != "c1"] == steps
