@@ -382,7 +382,7 @@ def _scripted(x: Tensor, weight: Tensor) -> Tensor:
     return triton_rmsnorm.rms_norm(x, [8], weight, 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "error::torch.jit.TracerWarning")
 def test_jit_of_functions(device):
     """A scripted function may call rms_norm, as it may call F.rms_norm; a traced one any of ours."""
     x, weight = draw((3, 8), torch.float32, device), draw((8,), torch.float32, device)

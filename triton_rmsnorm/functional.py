@@ -119,8 +119,8 @@ def add_rms_norm(
     if has_torch_function_variadic(input, residual, weight):
         options = _set_options(group_size=group_size, weight_offset=weight_offset, x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
         return handle_torch_function(add_rms_norm, (input, residual, weight), input, residual, normalized_shape, weight, eps, **options)
-    spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
-    _check_beside("residual", residual, input)
+    of_spec = (group_size, weight_offset, x_hat_dtype, rstd_dtype)
+    spec = _checked(input, normalized_shape, weight, eps, *of_spec, beside=("residual", residual))
     y, _, residual_out = normalize((input, weight, residual, None), spec)
     assert residual_out is not None
     return y, residual_out
@@ -179,8 +179,7 @@ def rms_norm_gated(
     if type(norm_before_gate) is not bool:
         raise TypeError(f"norm_before_gate must be a bool, got {norm_before_gate!r}")
     of_spec = (group_size, weight_offset, x_hat_dtype, rstd_dtype, activation, norm_before_gate)
-    spec = _checked(input, normalized_shape, weight, eps, *of_spec, real=True)
-    _check_beside("gate", gate, input)
+    spec = _checked(input, normalized_shape, weight, eps, *of_spec, beside=("gate", gate))
     y, _, _ = normalize((input, weight, None, gate), spec)
     return y
 
@@ -213,11 +212,17 @@ def _channels_last(input: Tensor, output: Tensor) -> Tensor:
 
 
 def _checked(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, *options: Any, real: bool = False
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    *options: Any,
+    beside: tuple[str, Tensor] | None = None,
 ) -> Spec:
     """The Spec of a call whose arguments fit one another; raises what torch raises where they do not.
 
-    `options` are further fields of Spec; `real`: complex input is not accepted.
+    `options` are further fields of Spec. `beside` is the name and the tensor of a residual or a gate, which has to fit the input; complex
+    input is not accepted then.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
@@ -240,14 +245,18 @@ def _checked(
     if (tracing := torch._C._get_tracing_state()) is not None:  # sizes would be traced tensors
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
-            return _checked(input, [int(size) for size in normalized_shape], weight, eps, *options, real=real)
+            return _checked(input, [int(size) for size in normalized_shape], weight, eps, *options, beside=beside)
         finally:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
     x_key = (input.shape, input.dtype, input.device, input.layout)
     weight_key = None if weight is None else (weight.shape, weight.dtype, weight.device, weight.layout)
     if type(input) not in _PLAIN or torch.compiler.is_compiling():  # sizes may be symbolic
-        return _fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
-    return _cached_fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
+        spec = _fit(x_key, weight_key, tuple(normalized_shape), eps, beside is not None, *options)
+    else:
+        spec = _cached_fit(x_key, weight_key, tuple(normalized_shape), eps, beside is not None, *options)
+    if beside is not None:
+        _check_beside(*beside, input)
+    return spec
 
 
 class _Metadata(NamedTuple):
@@ -265,7 +274,7 @@ _MetadataKey = tuple[torch.Size, torch.dtype, torch.device, torch.layout]  # qui
 def _fit(
     x_key: _MetadataKey, weight_key: _MetadataKey | None, normalized_shape: tuple[int, ...], eps: float | None, real: bool, *options: Any
 ) -> Spec:
-    """The checks that need only the metadata of input and weight."""
+    """The checks that need only the metadata of input and weight; `real`: complex input is not accepted."""
     x, weight = _Metadata(*x_key), None if weight_key is None else _Metadata(*weight_key)
     ndim, got = len(normalized_shape), (*x.shape,)
     # After the semicolon: the phrases of torch's own messages, for what looks for them.
