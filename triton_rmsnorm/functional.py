@@ -370,8 +370,8 @@ def _number(value: Any, message: str) -> Any:
         return value
     if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
         value = value.item()
-    if isinstance(value, Real):
-        return float(value)
+    if isinstance(value, Real) or (torch.compiler.is_compiling() and not isinstance(value, Tensor) and getattr(value, "shape", None) == ()):
+        return float(value)  # what stands for a NumPy number while torch compiles is an array
     raise TypeError(f"{message}, got {type(value).__name__}")
 
 
