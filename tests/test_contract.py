@@ -389,6 +389,7 @@ def test_jit_of_functions(device):
     torch.testing.assert_close(torch.jit.script(_scripted)(x, weight), F.rms_norm(x, (8,), weight, 1e-5))
     for function in (
         lambda x: rms_norm(x, (8,), weight_offset=0.0, group_size=2),
+        lambda x: rms_norm(x.expand(2, 4, 3, 8).to(memory_format=torch.channels_last), (8,)),
         lambda x: add_rms_norm(x, x.cos(), (8,)),
         lambda x: rms_norm_gated(x, x.cos(), (8,)),
     ):

@@ -205,8 +205,13 @@ def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spe
 
 
 def _channels_last(input: Tensor, output: Tensor) -> Tensor:
-    """The output in the memory format of the input, which is what torch keeps of its layout; vmap knows no memory formats."""
-    if input.stride(1) != 1 or (torch._C._are_functorch_transforms_active() and (torch.compiler.is_compiling() or is_inside("Vmap"))):
+    """The output in the memory format of the input, which is what torch keeps of its layout.
+
+    Vmap knows no memory formats, and where torch.jit traces, torch's own operator has kept it.
+    """
+    if input.stride(1) != 1 or torch._C._get_tracing_state() is not None:
+        return output
+    if torch._C._are_functorch_transforms_active() and (torch.compiler.is_compiling() or is_inside("Vmap")):
         return output
     return output.contiguous(memory_format=suggest_memory_format(input))
 
