@@ -364,8 +364,10 @@ def _integer(size: Any) -> Any:
     """An int, or what stands for one while torch compiles or traces; None if `size` is something else."""
     if isinstance(size, torch.SymInt):
         return size
-    if isinstance(size, Tensor):
-        return size if torch._C._get_tracing_state() is not None and size.dim() == 0 else None
+    if isinstance(size, Tensor) and size.dim() == 0:
+        if torch._C._get_tracing_state() is not None:
+            return size
+        size = size.item()
     return int(size) if isinstance(size, Integral) and not isinstance(size, bool) else None
 
 
