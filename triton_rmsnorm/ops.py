@@ -72,7 +72,9 @@ def normalize(inputs: InputTuple, spec: Spec) -> OutputTuple:
 
 def _usable(tensor: Tensor) -> Tensor:
     """A copy of a tensor from inference_mode, which autograd cannot save; what a wrapper of torch.func holds that has outlived it."""
-    return tensor.clone() if tensor.is_inference() else torch._C._functorch.unwrap_if_dead(tensor)
+    if tensor.is_inference():
+        return tensor if torch.is_inference_mode_enabled() else tensor.clone()  # a clone made there would be another one
+    return torch._C._functorch.unwrap_if_dead(tensor)
 
 
 def _by_operator(inputs: InputTuple, spec: Spec) -> OutputTuple:
