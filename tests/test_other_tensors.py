@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -34,6 +35,14 @@ def test_jagged_nested_tensors(device):
         results.append((y.values(), leaf.grad.values(), norm.weight.grad))
     assert_same(*results)
     assert torch.equal(rms_norm(x, (N,)).values(), F.rms_norm(x, (N,)).values())
+
+
+def test_errors_of_torchs_operator(monkeypatch):
+    """They are not taken for errors of a layout where torch knows the layout."""
+    monkeypatch.setattr(torch, "rms_norm", Mock(side_effect=RuntimeError("out of memory")))
+    for x in (jagged(torch.device("cpu")), torch.ones(3, N, dtype=torch.complex64)):
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            rms_norm(x, (N,))
 
 
 LAYOUTS = {

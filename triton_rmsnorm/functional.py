@@ -199,7 +199,7 @@ def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spe
     try:
         return torch.rms_norm(input, spec.normalized_shape, weight, eps)
     except RuntimeError as error:
-        if input.layout is torch.strided:
+        if input.layout in (torch.strided, torch.jagged):
             raise
         raise type(error)(f"input must have layout torch.strided or torch.jagged, got {input.layout}") from error
 
