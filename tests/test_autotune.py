@@ -251,6 +251,17 @@ def test_full_search(how, clock, few, monkeypatch, capsys):
     assert choice("forward").store_policy == ".cs" and choice("forward").num_warps != 2
 
 
+def test_contexts_that_overlap(monkeypatch):
+    """On two threads, the first to begin may be the first to end: it is on until the last one ends, and then as before."""
+    monkeypatch.setattr(table, "search", None)
+    first, second = triton_rmsnorm.autotuning(), triton_rmsnorm.autotuning()
+    searches = []
+    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None), lambda: second.__exit__(None, None, None)):
+        step()
+        searches.append(table.search)
+    assert searches == [autotune.tune, autotune.tune, autotune.tune, None]
+
+
 def test_a_shipped_table_wins(clock, few, monkeypatch, tmp_path):
     key, shipped = Key("forward", 256, 4, 4), Config(1, 256, 1)
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "tuned")

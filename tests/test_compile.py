@@ -4,6 +4,7 @@ import io
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def test_eps_is_an_argument(dynamic, device):
     """Each value is the one that is used, whether a graph was made for it or for any."""
     compiled = compiles(lambda x, eps: rms_norm(x, (N,), eps=eps), dynamic=dynamic)
     x = draw((5, N), torch.float64, device)
-    for eps in (1e-5, 0.1, 3.0, 2, None):
+    for eps in (1e-5, 0.1, 3.0, 2, None, np.float64(0.2)):
         assert_equal(compiled(x, eps), rms_norm(x, (N,), eps=eps))
 
 

@@ -205,6 +205,17 @@ def test_channels_last(dims, ndim, device):
     torch.testing.assert_close(*results)
 
 
+def test_channels_last_under_vmap(device):
+    """Samples of four dimensions have a memory format, which vmap cannot tell."""
+    x = draw((2, 3, 4, 5, 6), torch.float32, device).to(memory_format=torch.channels_last_3d)
+
+    def results(norm) -> list[Tensor]:
+        grad = torch.func.grad(lambda x: norm(x, (6,)).square().sum())
+        return [torch.func.vmap(function, 2)(x) for function in (lambda x: norm(x, (6,)), grad)]
+
+    torch.testing.assert_close(results(rms_norm), results(F.rms_norm))
+
+
 @every_function
 def test_negated_everything(function, device):
     """Negative views of inputs, weights and gradients (of complex numbers' imaginary parts, for example)."""
@@ -371,13 +382,14 @@ def _scripted(x: Tensor, weight: Tensor) -> Tensor:
     return triton_rmsnorm.rms_norm(x, [8], weight, 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "error::torch.jit.TracerWarning")
 def test_jit_of_functions(device):
     """A scripted function may call rms_norm, as it may call F.rms_norm; a traced one any of ours."""
     x, weight = draw((3, 8), torch.float32, device), draw((8,), torch.float32, device)
     torch.testing.assert_close(torch.jit.script(_scripted)(x, weight), F.rms_norm(x, (8,), weight, 1e-5))
     for function in (
         lambda x: rms_norm(x, (8,), weight_offset=0.0, group_size=2),
+        lambda x: rms_norm(x.expand(2, 4, 3, 8).to(memory_format=torch.channels_last), (8,)),
         lambda x: add_rms_norm(x, x.cos(), (8,)),
         lambda x: rms_norm_gated(x, x.cos(), (8,)),
     ):

@@ -2,13 +2,14 @@
 
 import inspect
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from triton_rmsnorm import add_rms_norm, functional, rms_norm, rms_norm_gated
+from triton_rmsnorm import AddRMSNorm, add_rms_norm, functional, rms_norm, rms_norm_gated
 from triton_rmsnorm.runtime import launch
 
 X, W = torch.ones(4, 6), torch.ones(6)
@@ -35,6 +36,7 @@ BAD = {
     "normalized_shape_is_none": ((X, None), "normalized_shape must be a tuple of ints, got None"),
     "normalized_shape_is_tensor": ((X, torch.tensor([6])), "normalized_shape must be a tuple of ints, got tensor([6])"),
     "normalized_shape_of_floats": ((X, (6.0,)), "normalized_shape must be a tuple of ints, got (6.0,)"),
+    "normalized_shape_of_float_tensors": ((X, (torch.tensor(6.0),)), "normalized_shape must be a tuple of ints, got (tensor(6.),)"),
     "normalized_shape_of_bools": ((X[:, :1], (True,)), "normalized_shape must be a tuple of ints, got (True,)"),
     "weight_is_array": ((X, (6,), W.numpy()), "weight must be a Tensor or None, got ndarray"),
     "eps_is_string": ((X, (6,), W, "1e-5"), "eps must be a float or None, got str"),
@@ -74,13 +76,30 @@ OURS = {
         ValueError,
         "activation must be one of silu, sigmoid, gelu, gelu_tanh, relu, got 'swish'",
     ),
+    "order_is_string": (
+        lambda: rms_norm_gated(X, X, (6,), norm_before_gate="False"),
+        TypeError,
+        "norm_before_gate must be a bool, got 'False'",
+    ),
+    "unknown_option": (
+        lambda: AddRMSNorm(6, groupsize=2),
+        TypeError,
+        "AddRMSNorm.__init__() got an unexpected keyword argument 'groupsize'",
+    ),
+    "option_of_another": (
+        lambda: AddRMSNorm(6, activation="silu"),
+        TypeError,
+        "AddRMSNorm.__init__() got an unexpected keyword argument 'activation'",
+    ),
 }
 
 
 @pytest.mark.parametrize(("call", "error", "message"), OURS.values(), ids=OURS)
 def test_beyond_torch(call, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        call()
+    """Also where a mode sees the call first, such as that of torch.set_default_device."""
+    for context in (nullcontext(), torch.device("cpu")):
+        with context, pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
 
 
 # What torch accepts, too.
@@ -88,6 +107,7 @@ GOOD = {
     "list": (X, [6]),
     "size": (X, X.shape[-1:]),
     "numpy_int": (X, (np.int64(6),)),
+    "int_tensor": (X, (torch.tensor(6),)),
     "eps_int": (X, (6,), W, 1),
     "eps_bool": (X, (6,), W, True),
     "eps_scalar_tensor": (X, (6,), W, torch.tensor(1e-5)),
@@ -140,5 +160,6 @@ def test_failed_launch_is_not_hidden(device, monkeypatch):
     monkeypatch.setattr(launch.Launch, "__call__", fail)
     with pytest.raises(RuntimeError, match="no such kernel"):
         y.sum().backward()
-    with pytest.raises(RuntimeError, match="no such kernel"):
-        rms_norm(x, (6,))
+    for context in (nullcontext(), torch.no_grad(), torch.inference_mode()):
+        with context, pytest.raises(RuntimeError, match="no such kernel"):
+            rms_norm(x + 1, (6,))

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from variants import BLOCKED, Drawn, assert_same, offsets_of
+from torch.utils._pytree import tree_leaves
+from transforms import dual
+from variants import BLOCKED, Drawn, N, Variant, assert_same, every_function, offsets_of
 
 from triton_rmsnorm import rms_norm
 from triton_rmsnorm.reference import Inputs, Spec
+from triton_rmsnorm.runtime import launch
 from triton_rmsnorm.runtime.layout import merge_rows
 from triton_rmsnorm.testing import draw
 
@@ -123,6 +126,17 @@ def test_strides_of_the_output(of, ndim, device):
     ours, theirs = rms_norm(x, x.shape[-ndim:]), F.rms_norm(x, x.shape[-ndim:])
     assert ours.stride() == theirs.stride()
     torch.testing.assert_close(ours, theirs)
+
+
+@every_function
+def test_strides_of_what_is_composed(function: Variant, device):
+    """Whatever way computes an output, it is contiguous: for views of it."""
+    tensors = [t.transpose(0, 1) if t.dim() > 1 else t for t in function.draw((4, 3, N), torch.float32, device)]
+    with launch.pretend(None):
+        without_kernels = tree_leaves(function.ours(*tensors))
+    functionalized = tree_leaves(torch.func.functionalize(function.ours)(*tensors))
+    duals = [y for y, _ in dual(function.ours, tensors, tensors)]
+    assert all(y.is_contiguous() for y in (*without_kernels, *functionalized, *duals))
 
 
 def test_output_is_no_view(device):

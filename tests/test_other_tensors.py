@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from variants import FUNCTIONS, N, Variant, assert_same, every_function
 
 from triton_rmsnorm import AddRMSNorm, RMSNorm, RMSNormGated, add_rms_norm, rms_norm, rms_norm_gated
+from triton_rmsnorm.runtime import launch
 from triton_rmsnorm.testing import draw
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -33,6 +35,14 @@ def test_jagged_nested_tensors(device):
         results.append((y.values(), leaf.grad.values(), norm.weight.grad))
     assert_same(*results)
     assert torch.equal(rms_norm(x, (N,)).values(), F.rms_norm(x, (N,)).values())
+
+
+def test_errors_of_torchs_operator(monkeypatch):
+    """They are not taken for errors of a layout where torch knows the layout."""
+    monkeypatch.setattr(torch, "rms_norm", Mock(side_effect=RuntimeError("out of memory")))
+    for x in (jagged(torch.device("cpu")), torch.ones(3, N, dtype=torch.complex64)):
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            rms_norm(x, (N,))
 
 
 LAYOUTS = {
@@ -173,3 +183,13 @@ def test_traced_sizes(norm, device):
         traced = torch.jit.trace(lambda x: norm(x, x.shape[-1:]), x)
     other = draw((5, N), torch.float32, device)
     assert torch.equal(traced(other), F.rms_norm(other, (N,)))
+
+
+def test_in_place_of_torchs_function(device, monkeypatch):
+    """A program may put ours in the place of torch's: what is left to torch does not come back to ours."""
+    x = draw((3, N), torch.float32, device)
+    expected = F.rms_norm(x, (N,))
+    monkeypatch.setattr(F, "rms_norm", rms_norm)
+    torch.testing.assert_close(F.rms_norm(x.to(torch.complex64), (N,)).real, expected)
+    with launch.pretend(None):
+        torch.testing.assert_close(torch.nn.RMSNorm(N, device=device)(x), expected)

@@ -190,15 +190,17 @@ def test_needs_grad(problem, needed, device, launches):
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in drawn.inputs._asdict().items() if t is not None}
     outputs = ours(problem.spec)(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert torch.equal(outputs[0], everything.y) and outputs[0].requires_grad == bool(needed)
+    needs_du, needs_dw = bool(needed & {"x", "residual"}), "weight" in needed
+    assert torch.equal(outputs[0], everything.y)
+    assert [y.requires_grad for y in outputs] == [bool(needed), needs_du][: len(outputs)]
     launches.clear()
     if needed:
-        torch.autograd.backward(outputs, (drawn.dy, drawn.dresidual_out)[: len(outputs)])
+        cotangents = (drawn.dy, drawn.dresidual_out)
+        torch.autograd.backward(*zip(*[pair for pair in zip(outputs, cotangents, strict=False) if pair[0].requires_grad], strict=True))
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == (name in needed)
         assert leaf.grad is None or torch.equal(leaf.grad, everything.present[f"d{name}"])
 
-    needs_du, needs_dw = bool(needed & {"x", "residual"}), "weight" in needed
     c1 = ["c1"] * (needs_du and problem.shape[-1] in BLOCKED and launch.INTERPRETED)
     steps = c1 + ["backward"] * bool(needed) + ["sum_partials"] * needs_dw
     assert [recorded.step for recorded in launches if launch.INTERPRETED or recorded.step != "c1"] == steps
@@ -235,11 +237,12 @@ def test_many_partial_dw(dtype, device):
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0), (0, 0), (2, 0, 5), (2, 3, 0, 5)])
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_nothing(shape, ndim, device, launches):
-    """No rows or no columns: the same shapes and dtypes as torch, zeros for dweight, and no launch."""
+    """No rows or no columns: the same shapes, strides and dtypes as torch, zeros for dweight, and no launch."""
     for dtype in (BF16, F64):
         inputs, dy = Inputs(draw(shape, dtype, device), draw(shape[-ndim:], dtype, device)), draw(shape, dtype, device)
         results, theirs = (run(lambda x, w, *_, f=f: f(x, shape[-ndim:], w), inputs, dy) for f in (rms_norm, torchs))
         assert_same(results, theirs)
+        assert results.y.stride() == theirs.y.stride()
         assert torch.equal(results.dweight, torch.zeros_like(inputs.weight))
     assert not launches
 

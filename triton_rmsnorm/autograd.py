@@ -37,6 +37,8 @@ class RMSNormFunction(torch.autograd.Function):
         saved = x if residual is None else residual_out, weight, gate, rstd
         ctx.save_for_backward(*saved)
         ctx.recipe = recompute.remember(y, saved, spec) if recompute.active else None
+        if residual is not None and not (x.requires_grad or residual.requires_grad):  # the weight has no part in the sum
+            ctx.mark_non_differentiable(residual_out)
         return y if residual is None else (y, residual_out)
 
     @staticmethod
@@ -69,7 +71,8 @@ class TransformableForward(torch.autograd.Function):
         x, weight, residual, gate, spec = inputs
         _, rstd, *residual_out = output
         ctx.spec, ctx.x_dtype = spec, x.dtype
-        ctx.mark_non_differentiable(rstd)
+        summed = residual is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
+        ctx.mark_non_differentiable(rstd, *(() if summed else residual_out))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if residual is None else residual_out[0], weight, gate, rstd)
 

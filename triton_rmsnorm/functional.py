@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from triton_rmsnorm import reference
-from triton_rmsnorm.ops import normalize
+from triton_rmsnorm.ops import is_inside, normalize
 from triton_rmsnorm.reference import Spec
 
 _PLAIN = (Tensor, Parameter)
@@ -119,8 +119,8 @@ def add_rms_norm(
     if has_torch_function_variadic(input, residual, weight):
         options = _set_options(group_size=group_size, weight_offset=weight_offset, x_hat_dtype=x_hat_dtype, rstd_dtype=rstd_dtype)
         return handle_torch_function(add_rms_norm, (input, residual, weight), input, residual, normalized_shape, weight, eps, **options)
-    spec = _checked(input, normalized_shape, weight, eps, group_size, weight_offset, x_hat_dtype, rstd_dtype, real=True)
-    _check_beside("residual", residual, input)
+    of_spec = (group_size, weight_offset, x_hat_dtype, rstd_dtype)
+    spec = _checked(input, normalized_shape, weight, eps, *of_spec, beside=("residual", residual))
     y, _, residual_out = normalize((input, weight, residual, None), spec)
     assert residual_out is not None
     return y, residual_out
@@ -176,16 +176,19 @@ def rms_norm_gated(
         return handle_torch_function(rms_norm_gated, (input, gate, weight), input, gate, normalized_shape, weight, eps, **options)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+    if type(norm_before_gate) is not bool:
+        raise TypeError(f"norm_before_gate must be a bool, got {norm_before_gate!r}")
     of_spec = (group_size, weight_offset, x_hat_dtype, rstd_dtype, activation, norm_before_gate)
-    spec = _checked(input, normalized_shape, weight, eps, *of_spec, real=True)
-    _check_beside("gate", gate, input)
+    spec = _checked(input, normalized_shape, weight, eps, *of_spec, beside=("gate", gate))
     y, _, _ = normalize((input, weight, None, gate), spec)
     return y
 
 
-def _set_options(**options: Any) -> dict[str, Any]:
+def _set_options(*, weight_offset: float, **options: Any) -> dict[str, Any]:
     """The options that are set: what overrides torch's rms_norm knows none of them."""
-    return {name: value for name, value in options.items() if value not in (None, 0.0)}
+    if type(weight_offset) is not float or weight_offset != 0.0:
+        options["weight_offset"] = weight_offset
+    return {name: value for name, value in options.items() if value is not None or name == "weight_offset"}
 
 
 def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spec) -> Tensor:
@@ -194,24 +197,37 @@ def _by_torch(input: Tensor, weight: Tensor | None, eps: float | None, spec: Spe
         _check_dtype("input", input.dtype)
         _check_layout("input", input.layout)
     try:
-        return torch.nn.functional.rms_norm(input, spec.normalized_shape, weight, eps)
+        return torch.rms_norm(input, spec.normalized_shape, weight, eps)
     except RuntimeError as error:
-        if input.layout is torch.strided:
+        if input.layout in (torch.strided, torch.jagged):
             raise
         raise type(error)(f"input must have layout torch.strided or torch.jagged, got {input.layout}") from error
 
 
 def _channels_last(input: Tensor, output: Tensor) -> Tensor:
-    """The output in the memory format of the input, which is what torch keeps of its layout."""
-    return output.contiguous(memory_format=suggest_memory_format(input)) if input.stride(1) == 1 else output
+    """The output in the memory format of the input, which is what torch keeps of its layout.
+
+    Vmap knows no memory formats, and where torch.jit traces, torch's own operator has kept it.
+    """
+    if input.stride(1) != 1 or torch._C._get_tracing_state() is not None:
+        return output
+    if torch._C._are_functorch_transforms_active() and (torch.compiler.is_compiling() or is_inside("Vmap")):
+        return output
+    return output.contiguous(memory_format=suggest_memory_format(input))
 
 
 def _checked(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, *options: Any, real: bool = False
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    *options: Any,
+    beside: tuple[str, Tensor] | None = None,
 ) -> Spec:
     """The Spec of a call whose arguments fit one another; raises what torch raises where they do not.
 
-    `options` are further fields of Spec; `real`: complex input is not accepted.
+    `options` are further fields of Spec. `beside` is the name and the tensor of a residual or a gate, which has to fit the input; complex
+    input is not accepted then.
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
@@ -234,14 +250,18 @@ def _checked(
     if (tracing := torch._C._get_tracing_state()) is not None:  # sizes would be traced tensors
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
-            return _checked(input, [int(size) for size in normalized_shape], weight, eps, *options, real=real)
+            return _checked(input, [int(size) for size in normalized_shape], weight, eps, *options, beside=beside)
         finally:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
     x_key = (input.shape, input.dtype, input.device, input.layout)
     weight_key = None if weight is None else (weight.shape, weight.dtype, weight.device, weight.layout)
     if type(input) not in _PLAIN or torch.compiler.is_compiling():  # sizes may be symbolic
-        return _fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
-    return _cached_fit(x_key, weight_key, tuple(normalized_shape), eps, real, *options)
+        spec = _fit(x_key, weight_key, tuple(normalized_shape), eps, beside is not None, *options)
+    else:
+        spec = _cached_fit(x_key, weight_key, tuple(normalized_shape), eps, beside is not None, *options)
+    if beside is not None:
+        _check_beside(*beside, input)
+    return spec
 
 
 class _Metadata(NamedTuple):
@@ -259,7 +279,7 @@ _MetadataKey = tuple[torch.Size, torch.dtype, torch.device, torch.layout]  # qui
 def _fit(
     x_key: _MetadataKey, weight_key: _MetadataKey | None, normalized_shape: tuple[int, ...], eps: float | None, real: bool, *options: Any
 ) -> Spec:
-    """The checks that need only the metadata of input and weight."""
+    """The checks that need only the metadata of input and weight; `real`: complex input is not accepted."""
     x, weight = _Metadata(*x_key), None if weight_key is None else _Metadata(*weight_key)
     ndim, got = len(normalized_shape), (*x.shape,)
     # After the semicolon: the phrases of torch's own messages, for what looks for them.
@@ -344,8 +364,10 @@ def _integer(size: Any) -> Any:
     """An int, or what stands for one while torch compiles or traces; None if `size` is something else."""
     if isinstance(size, torch.SymInt):
         return size
-    if isinstance(size, Tensor):
-        return size if torch._C._get_tracing_state() is not None and size.dim() == 0 else None
+    if isinstance(size, Tensor) and size.dim() == 0:
+        if torch._C._get_tracing_state() is not None:
+            return size
+        size = size.item()
     return int(size) if isinstance(size, Integral) and not isinstance(size, bool) else None
 
 
@@ -355,8 +377,8 @@ def _number(value: Any, message: str) -> Any:
         return value
     if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
         value = value.item()
-    if isinstance(value, Real):
-        return float(value)
+    if isinstance(value, Real) or (torch.compiler.is_compiling() and not isinstance(value, Tensor) and getattr(value, "shape", None) == ()):
+        return float(value)  # what stands for a NumPy number while torch compiles is an array
     raise TypeError(f"{message}, got {type(value).__name__}")
 
 

@@ -1,6 +1,7 @@
 """Modules that call the functions: a drop-in for torch.nn.RMSNorm, and norms fused with a residual add or a gate."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class _KnobbedRMSNorm(torch.nn.RMSNorm):
-    """Base of the fused modules: stores the keyword options of the functions and shows them in its repr."""
+    """Base of the fused modules: stores the keyword options of a function and shows them in its repr."""
+
+    _function: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
@@ -55,6 +58,8 @@ class _KnobbedRMSNorm(torch.nn.RMSNorm):
         dtype: torch.dtype | None = None,
         **knobs: Any,
     ) -> None:
+        for name in set(knobs).difference(self._function.__kwdefaults__ or ()):
+            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
         self.knobs = knobs  # before the base class fills the weight
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
@@ -79,6 +84,8 @@ class AddRMSNorm(_KnobbedRMSNorm):
     Source: the pre-norm residual block, as in Llama (arXiv:2302.13971).
     """
 
+    _function = staticmethod(functional.add_rms_norm)
+
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Adds x to the residual and normalizes the sum.
 
@@ -95,7 +102,7 @@ class AddRMSNorm(_KnobbedRMSNorm):
             RuntimeError: as in add_rms_norm.
             NotImplementedError: as in add_rms_norm.
         """
-        return functional.add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps, **self.knobs)
+        return self._function(x, residual, self.normalized_shape, self.weight, self.eps, **self.knobs)
 
 
 class RMSNormGated(_KnobbedRMSNorm):
@@ -109,6 +116,8 @@ class RMSNormGated(_KnobbedRMSNorm):
 
     Source: Dao and Gu, Transformers are SSMs (Mamba-2), 2024 (arXiv:2405.21060).
     """
+
+    _function = staticmethod(functional.rms_norm_gated)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Normalizes x and multiplies it by the activated gate, in either order.
@@ -126,4 +135,4 @@ class RMSNormGated(_KnobbedRMSNorm):
             RuntimeError: as in rms_norm_gated.
             NotImplementedError: as in rms_norm_gated.
         """
-        return functional.rms_norm_gated(x, gate, self.normalized_shape, self.weight, self.eps, **self.knobs)
+        return self._function(x, gate, self.normalized_shape, self.weight, self.eps, **self.knobs)

@@ -15,7 +15,6 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -54,7 +53,7 @@ def normalize(inputs: InputTuple, spec: Spec) -> OutputTuple:
         if not launch.runs_on(inputs[0]) or torch._C._get_tracing_state() is not None:
             return _torchs_own(inputs, spec)
         if torch._C._are_functorch_transforms_active():
-            if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or _functionalized():
+            if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or is_inside("Functionalize"):  # it knows no Functions
                 return reference.forward(Inputs(*inputs), spec)
             return TransformableForward.run(inputs, spec)
         if forward_ad._current_level >= 0 and has_tangent(inputs):
@@ -73,7 +72,9 @@ def normalize(inputs: InputTuple, spec: Spec) -> OutputTuple:
 
 def _usable(tensor: Tensor) -> Tensor:
     """A copy of a tensor from inference_mode, which autograd cannot save; what a wrapper of torch.func holds that has outlived it."""
-    return tensor.clone() if tensor.is_inference() else torch._C._functorch.unwrap_if_dead(tensor)
+    if tensor.is_inference():
+        return tensor if torch.is_inference_mode_enabled() else tensor.clone()  # a clone made there would be another one
+    return torch._C._functorch.unwrap_if_dead(tensor)
 
 
 def _by_operator(inputs: InputTuple, spec: Spec) -> OutputTuple:
@@ -92,14 +93,14 @@ def _torchs_own(inputs: InputTuple, spec: Spec) -> OutputTuple:
     """Torch's operator where it has one for `spec`, else composed of its operations."""
     x, weight, residual, _ = inputs
     if residual is None and spec.is_plain:
-        return F.rms_norm(x, spec.normalized_shape, weight, spec.eps), None, None
+        # Not F.rms_norm, in whose place a program may have put ours.
+        return torch.rms_norm(x, spec.normalized_shape, weight, spec.eps), None, None
     return reference.forward(Inputs(*inputs), spec)
 
 
-def _functionalized() -> bool:
-    """Whether torch.func.functionalize is around, which does not support autograd Functions."""
-    functionalize = torch._C._functorch.TransformType.Functionalize
-    return any(level.key() == functionalize for level in torch._C._functorch.get_interpreter_stack() or ())
+def is_inside(transform: str) -> bool:
+    """Whether torch.func's "Functionalize" or "Vmap" is around."""
+    return any(level.key().name == transform for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _to_operator(results: tuple[Tensor | None, ...], x: Tensor) -> tuple[Tensor, ...]:

@@ -144,7 +144,7 @@ def forward(inputs: Inputs, spec: Spec) -> Outputs:
     u = x.to(acc)
     residual_out = None
     if residual is not None:
-        residual_out = (u + residual.to(acc)).to(residual.dtype)
+        residual_out = (u + residual.to(acc)).to(residual.dtype).contiguous()
         u = residual_out.to(acc)
     if gate is not None and not spec.norm_before_gate:
         u = u * _activate(gate.to(acc), spec)
@@ -155,7 +155,7 @@ def forward(inputs: Inputs, spec: Spec) -> Outputs:
         y = y * _weight(weight, y, spec)
     if gate is not None and spec.norm_before_gate:
         y = _round(y, spec.product_dtype(weight)) * _activate(gate.to(acc), spec)
-    return Outputs(y.to(spec.output_dtype(x, weight)), rstd.reshape(spec.rstd_shape(x.shape)), residual_out)
+    return Outputs(y.to(spec.output_dtype(x, weight)).contiguous(), rstd.reshape(spec.rstd_shape(x.shape)), residual_out)
 
 
 def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = None) -> Gradients:

@@ -16,6 +16,7 @@ cannot be written, memory runs out, the compiler fails), the analytic choice is 
 import fcntl
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +52,8 @@ MARGIN = 0.01  # the share by which a configuration must beat the analytic choic
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _found: dict[tuple[Device, bool], dict[Key, Measured | None]] = {}  # of this process, by device and whether the search was full
 _contexts = 0  # how many `autotuning` contexts are open
+_outside: Any = None  # the search outside of them
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -59,16 +62,19 @@ def autotuning() -> Iterator[None]:
 
     Launches that were prepared before are prepared again. What is found may change last bits of results; see TRITON_RMSNORM_AUTOTUNE.
     """
-    global _contexts
-    search = table.search
-    table.search = tune
-    _contexts += 1
+    global _contexts, _outside
+    with _lock:
+        if _contexts == 0:
+            _outside, table.search = table.search, tune
+        _contexts += 1
     launch.forget()
     try:
         yield
     finally:
-        _contexts -= 1
-        table.search = search
+        with _lock:
+            _contexts -= 1
+            if _contexts == 0:
+                table.search = _outside
         launch.forget()
 
 

@@ -37,7 +37,7 @@ def keys_of(tensors: Iterable[Tensor | None]) -> list[LayoutKey | None]:
 
 
 def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    return Layout(tuple(shape), tuple(prod(shape[i + 1 :]) for i in range(len(shape))), dtype)
+    return Layout(tuple(shape), tuple(prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))), dtype)
 
 
 def merge_rows(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
