@@ -220,6 +220,12 @@ def search_at_import(variable: str | None) -> bool:
         table.search = before
 
 
+def test_other_values_of_the_variable():
+    """They would leave it on."""
+    with pytest.raises(ValueError, match="TRITON_RMSNORM_AUTOTUNE must be 0, full, or not set, got 'off'"):
+        search_at_import("off")
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("compiled")
 def test_on_by_default():

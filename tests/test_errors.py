@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from triton_rmsnorm import AddRMSNorm, add_rms_norm, functional, rms_norm, rms_norm_gated
+from triton_rmsnorm import AddRMSNorm, RMSNormGated, add_rms_norm, functional, rms_norm, rms_norm_gated
 from triton_rmsnorm.runtime import launch
 
 X, W = torch.ones(4, 6), torch.ones(6)
@@ -81,15 +81,17 @@ OURS = {
         TypeError,
         "norm_before_gate must be a bool, got 'False'",
     ),
-    "unknown_option": (
-        lambda: AddRMSNorm(6, groupsize=2),
-        TypeError,
-        "AddRMSNorm.__init__() got an unexpected keyword argument 'groupsize'",
+    "group_of_module": (lambda: AddRMSNorm(6, group_size=4), ValueError, "group_size must divide the normalized size 6, got 4"),
+    "offset_of_module": (
+        lambda: RMSNormGated(6, elementwise_affine=False, weight_offset=1.0),
+        ValueError,
+        "weight_offset must be 0 without a weight, got 1.0",
     ),
+    "unknown_option": (lambda: AddRMSNorm(6, groupsize=2), TypeError, "add_rms_norm() got an unexpected keyword argument 'groupsize'"),
     "option_of_another": (
         lambda: AddRMSNorm(6, activation="silu"),
         TypeError,
-        "AddRMSNorm.__init__() got an unexpected keyword argument 'activation'",
+        "add_rms_norm() got an unexpected keyword argument 'activation'",
     ),
 }
 

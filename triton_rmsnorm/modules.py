@@ -58,10 +58,10 @@ class _KnobbedRMSNorm(torch.nn.RMSNorm):
         dtype: torch.dtype | None = None,
         **knobs: Any,
     ) -> None:
-        for name in set(knobs).difference(self._function.__kwdefaults__ or ()):
-            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
         self.knobs = knobs  # before the base class fills the weight
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        x = torch.empty(self.normalized_shape, device="meta")
+        self._function(x, x, self.normalized_shape, x if elementwise_affine else None, eps, **knobs)  # without data: checks the options
 
     def reset_parameters(self) -> None:
         """Sets the weight to 1 - weight_offset, so that the norm multiplies by 1."""

@@ -40,7 +40,8 @@ def recompute_norms() -> Iterator[None]:
     place, norms that need no gradient, and norms inside torch.compile, torch.func or with tensor subclasses. Hooks for saved tensors that
     were set before, such as those of activation offloading and checkpointing, see everything else that is saved; hooks that are set inside
     take precedence, so there is no effect inside a checkpointed function unless that enters the context itself. Where there are hooks,
-    autograd saves the data of parameters, not the parameters: DeepSpeed ZeRO-3, which gives them other data, then frees nothing.
+    autograd saves the data of parameters, not the parameters: DeepSpeed ZeRO-3, which gives them other data, then frees nothing. Compiled
+    autograd (`torch._dynamo.config.compiled_autograd`) does not support it.
 
     Returns:
         A context manager. It may be nested, which has no further effect.

@@ -350,5 +350,7 @@ def _on(device: Device) -> Iterator[torch.device]:
         yield place
 
 
+if os.environ.get(VARIABLE, "") not in ("", "0", "full"):
+    raise ValueError(f"{VARIABLE} must be 0, full, or not set, got {os.environ[VARIABLE]!r}")
 if os.environ.get(VARIABLE) != "0" and not launch.INTERPRETED:
     table.search = tune
