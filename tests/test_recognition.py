@@ -192,8 +192,23 @@ def plain_in_bf16_training(self, x):
     return plain(self, x) if x.dtype == torch.bfloat16 and self.training else rounded(self, x)
 
 
+def detached_in_training(self, x):
+    return mean_detached(self, x) if self.training else rounded(self, x)
+
+
+def limited_in_fp16(self, x):
+    return rounded(self, x).clamp(-65000, 65000) if x.dtype == torch.float16 else rounded(self, x)
+
+
 def fails(self, x):
     raise NotImplementedError("a kernel for another device")
+
+
+def exits(self, x):
+    raise SystemExit("a kernel for another device")
+
+
+ONES = torch.ones(64)
 
 
 # Norms, reasons (None: not in the report), and whether they resemble an RMS norm.
@@ -226,6 +241,21 @@ OTHERS = {
     "rstd": (norm_of(lambda self, x: rstd(x, self.eps).to(x.dtype), weight=None), "reciprocal", False),
     "mean detached": (norm_of(mean_detached), "gradient", True),
     "weight detached": (norm_of(lambda self, x: self.weight.detach() * (x.float() * rstd(x, self.eps)).to(x.dtype)), "gradient", True),
+    "mean detached in training": (norm_of(detached_in_training), "gradient", True),
+    "limited in fp16": (norm_of(limited_in_fp16), "for torch.float16 input and torch.float16 weight", True),
+    "limited weight": (norm_of(lambda self, x: self.weight.clamp(-9, 9) * rounded(self, x) / self.weight), "no RMS norm", False),
+    "limited epsilon": (norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x) + max(self.eps, 1e-8)))), "no RMS norm", False),
+    "tensor in a list": (
+        norm_of(lambda self, x: rounded(self, x) * self.hidden[0], hidden=[ONES]),
+        "reads a tensor that is neither",
+        False,
+    ),
+    "global tensor": (norm_of(lambda self, x: rounded(self, x) * ONES), "reads a tensor that is neither", False),
+    "checks its input": (
+        norm_of(lambda self, x: x if (x == 0).all() else rounded(self, x)),
+        "depends on the values of its input",
+        False,
+    ),
     "over rows": (norm_of(scaled_by(lambda self, x: torch.rsqrt(x.pow(2).mean() + self.eps))), "no RMS norm", False),
     "part of the columns": (norm_of(scaled_by(lambda self, x: rstd(x[..., :63], self.eps))), "no RMS norm", False),
     "other without gradients": (
@@ -245,6 +275,7 @@ OTHERS = {
         False,
     ),
     "fails": (norm_of(fails), None, False),
+    "exits": (norm_of(exits, "SomeRMSNorm"), "fails on a copy on the CPU: SystemExit: a kernel for another", True),
     "fails by name": (norm_of(fails, "SomeRMSNorm"), "fails on a copy on the CPU: NotImplementedError: a kernel for another", True),
 }
 

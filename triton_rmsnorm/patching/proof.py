@@ -104,7 +104,7 @@ class Proof:
         candidates = list(self._candidates())
         for probe in self._probes(eps):
             actual = self.subject.run(probe)
-            if isinstance(actual, Exception):
+            if isinstance(actual, BaseException):
                 if probe.required:
                     raise fails(self.subject, actual)
                 continue
@@ -115,7 +115,8 @@ class Proof:
         if len(candidates) > 1:
             raise LeftAloneError(f"more than one semantics fits: {'; '.join(map(str, candidates))}", resembles=True)
         semantics = candidates[0]
-        self._prove_gradients(semantics, eps)
+        for training in (False, True):
+            self._prove_gradients(semantics, eps, training)
         return Norm(
             semantics,
             self.subject.weight if semantics.scaled else None,
@@ -154,7 +155,7 @@ class Proof:
             raise reason
         hints = [declared if isinstance(declared, (tuple, list)) else None, (64,) if weight == (1,) else weight, weight, (64,)]
         hints += [(v,) for v in values.values() if type(v) is int and 1 < v <= 1 << 16]
-        failure: Exception | None = None
+        failure: BaseException | None = None
         for hint, self.rows in itertools.product(hints, ROWS[1:]):
             if hint and all(type(size) is int and size > 0 for size in hint):
                 self.shape = tuple(hint)
@@ -193,7 +194,7 @@ class Proof:
         probe = self.subject.probe(1e-3 * self.subject.randn(*self.rows, *self.shape))
         outputs = {name: self.subject.run(replace(probe, changed={name: OTHER_EPS})) for name in names}
         before = self.subject.run(probe)
-        if isinstance(before, Exception):
+        if isinstance(before, BaseException):
             raise fails(self.subject, before)
         acting: list[str | float] = [n for n, after in outputs.items() if isinstance(after, Tensor) and not agree(after, before)]
         if acting:
@@ -234,10 +235,13 @@ class Proof:
 
         yield self.subject.probe(x, training=True)
         if isinstance(eps, str):
-            yield self.subject.probe(x, changed={eps: OTHER_EPS})
+            for value in (OTHER_EPS, 0.0):
+                yield self.subject.probe(x, changed={eps: value}, required=value > 0)
         yield self.subject.probe(special.view_as(x))
         for dtype in (B16, F16):
             yield self.subject.probe(x, dtype, dtype)
+            probe = self.subject.probe(special.view_as(x), dtype, dtype)
+            yield replace(probe, weight=None if probe.weight is None else 4096 * probe.weight)  # so that products overflow
         yield self.subject.probe(x, B16, B16, training=True)
         if self.subject.weight is not None:
             for dtype, weight in itertools.permutations((F32, B16, F16), 2):
@@ -298,12 +302,12 @@ class Proof:
         value = changed.get(eps, attrgetter(eps)(self.module))
         return EPS_OF_TENSORS if isinstance(value, Tensor) else value
 
-    def _prove_gradients(self, semantics: Semantics, eps: str | float) -> None:
+    def _prove_gradients(self, semantics: Semantics, eps: str | float, training: bool) -> None:
         """Of a random function of y, by autograd: so that nothing is detached that the formula differentiates."""
-        probe = self.subject.probe(self.subject.randn(*self.rows, *self.shape))
+        probe = self.subject.probe(self.subject.randn(*self.rows, *self.shape), training=training)
         inputs = [t.requires_grad_() for t in (probe.x, probe.gate, probe.weight if semantics.scaled else None) if t is not None]
         actual, expected = self.subject.run(probe), self._expected(semantics, probe, eps)
-        if isinstance(actual, Exception):
+        if isinstance(actual, BaseException):
             raise fails(self.subject, actual)
         dy = self.subject.randn(*expected.shape)
         wanted = torch.autograd.grad(expected, inputs, dy)
