@@ -34,6 +34,10 @@ def rounded_if_weight_is_half(self, x):
     return self.weight * (x.to(self.weight.dtype) if self.weight.dtype in (torch.float16, torch.bfloat16) else x)
 
 
+def divided(self, x):
+    return self.weight * (x.float() / torch.sqrt(mean_square(x.float()) + self.eps)).to(x.dtype)
+
+
 def plain(self, x):
     return (self.weight * (x.float() / torch.sqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps))).to(x.dtype)
 
@@ -139,7 +143,7 @@ def test_semantics_differ_by_far_more_than_is_put_down_to_rounding(scaled):
         pairs = list(zip(outputs[one], outputs[other], strict=True))
         shares = [1.0 if a.dtype != b.dtype else ((a != b) & ~(a.isnan() & b.isnan())).double().mean().item() for a, b in pairs]
         assert max(shares) > 25 * HALF_MISMATCHES, f"{one} and {other}"
-        assert not all(agree(a, b) for a, b in pairs)
+        assert not all(agree(a, b, probe.coarsest) for (a, b), probe in zip(pairs, probes, strict=True))
 
 
 # --- what is something else ---
@@ -373,9 +377,11 @@ def test_torchs_module(shape, affine, eps):
     assert norm.autocast == "rms_norm"
 
 
-@pytest.mark.parametrize("columns", [2, 3, 127, 4096])
+@pytest.mark.parametrize("columns", [2, 3, *range(16, 65, 4), 127, 4096])
 def test_any_number_of_columns(columns):
-    assert recognize(norm_of(rounded, weight=nn.Parameter(torch.ones(columns)))).norm.semantics == ROUNDED
+    """Also where another way to compute x_hat tips a few elements of it over a rounding boundary, before a weight in float32."""
+    for forward in (rounded, divided):
+        assert recognize(norm_of(forward, weight=nn.Parameter(torch.ones(columns)))).norm.semantics == ROUNDED
 
 
 # --- what is remembered ---

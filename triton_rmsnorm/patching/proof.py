@@ -132,7 +132,7 @@ class Proof:
 
     def _fitting(self, candidates: list[Semantics], probe: Probe, actual: Tensor, eps: str | float) -> list[Semantics]:
         formulas = {c: c.in_float32() if probe.in_float32 else c for c in candidates}
-        fits = {formula: agree(actual, self._expected(formula, probe, eps)) for formula in set(formulas.values())}
+        fits = {formula: agree(actual, self._expected(formula, probe, eps), probe.coarsest) for formula in set(formulas.values())}
         return [c for c in candidates if fits[formulas[c]]]
 
     def _candidates(self) -> Iterator[Semantics]:
@@ -188,7 +188,9 @@ class Proof:
         for base in reversed(self.subject.cls.__mro__):
             numbers |= {name: v for name, v in vars(base).items() if type(v) is float}
         numbers |= attributes(self.module)
-        numbers |= {".".join(path): v for root, path, v in self.reads.values if not root and len(path) > 1}
+        paths = {path: v for root, path, v in self.reads.values if not root and len(path) > 1}
+        named = {path: v for path, v in paths.items() if all(type(step) is str and not step.startswith("__") for step in path)}
+        numbers |= {".".join(map(str, path)): v for path, v in named.items()}
         names = [n for n, v in numbers.items() if (type(v) in (int, float) and abs(v) < 1) or (v is None and "eps" in n)]
         names += [name for name, tensor in own_tensors(self.module).items() if is_epsilon(name, tensor)]
         probe = self.subject.probe(1e-3 * self.subject.randn(*self.rows, *self.shape))
