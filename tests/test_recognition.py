@@ -200,6 +200,10 @@ def detached_in_training(self, x):
     return mean_detached(self, x) if self.training else rounded(self, x)
 
 
+def limited_x_hat(self, x):
+    return self.weight * (x.float() * rstd(x, self.eps)).clamp(max=getattr(self, "limit", 6)).to(x.dtype)
+
+
 def limited_in_fp16(self, x):
     return rounded(self, x).clamp(-65000, 65000) if x.dtype == torch.float16 else rounded(self, x)
 
@@ -248,6 +252,8 @@ OTHERS = {
     "mean detached in training": (norm_of(detached_in_training), "gradient", True),
     "limited in fp16": (norm_of(limited_in_fp16), "for torch.float16 input and torch.float16 weight", True),
     "limited weight": (norm_of(lambda self, x: self.weight.clamp(-9, 9) * rounded(self, x) / self.weight), "no RMS norm", False),
+    "limited x_hat": (norm_of(limited_x_hat), "no RMS norm", False),
+    "limited x_hat of many columns": (norm_of(limited_x_hat, weight=nn.Parameter(torch.ones(1024)), limit=20), "no RMS norm", False),
     "limited epsilon": (norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x) + max(self.eps, 1e-8)))), "no RMS norm", False),
     "tensor in a list": (
         norm_of(lambda self, x: rounded(self, x) * self.hidden[0], hidden=[ONES]),

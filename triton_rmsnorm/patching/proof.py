@@ -37,6 +37,13 @@ ELEMENTS = 4096
 ROWS: tuple[tuple[int, ...], ...] = ((), (8,), (2, 4), (2, 2, 2))
 
 
+def _with_outliers(x: Tensor, dims: int = 1) -> Tensor:
+    """x with rows in which one element is nearly all: it shows if x_hat is limited, which is at most the root of the number of columns."""
+    rows = x.flatten(-dims).flatten(0, -2)
+    rows[1::4, 0], rows[2::4, -1] = 1e3, -1e3
+    return rows.view_as(x)
+
+
 class Proof:
     """Probes run one after another, and each removes candidates.
 
@@ -77,7 +84,7 @@ class Proof:
         """Whether it computes `norm` also with a weight of this shape."""
         self.subject.weight_shape, self.shape = weight_shape, weight_shape[-1:]
         rows = (1,) * (len(self.rows) - 1)
-        x = self.subject.randn(*rows, 2, *self.shape) * torch.tensor([[1.0], [1e-3]], dtype=F32)
+        x = _with_outliers(self.subject.randn(*rows, 4, *self.shape) * torch.tensor([[1.0], [1.0], [1.0], [1e-3]], dtype=F32))
         for dtype in (F32, B16):
             probe = self.subject.probe(x, dtype, dtype)
             actual = self.subject.run(probe)
@@ -228,7 +235,7 @@ class Proof:
         rows = (copies * self.rows[0], *self.rows[1:])
         near = math.sqrt(abs(self._value({}, eps) or torch.finfo(F32).eps))
         scales = torch.tensor([1, 1, 30, 0.05, near, 0.3 * near, 3 * near, 0], dtype=F32).repeat(math.prod(rows) // 8)
-        x = self.subject.randn(*rows, *self.shape) * scales.view(*rows, *[1] * len(self.shape))
+        x = _with_outliers(self.subject.randn(*rows, *self.shape) * scales.view(*rows, *[1] * len(self.shape)), len(self.shape))
         special = self.subject.randn(math.prod(rows), *self.shape)
         special[0].view(-1)[0] = math.inf
         special[1].view(-1)[0] = math.nan
