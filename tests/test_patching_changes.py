@@ -44,6 +44,11 @@ class Configured(Norm):
         return factor * self.weight * (x.float() * rstd(x, self.config.eps)).to(x.dtype)
 
 
+class Plain(Norm):
+    def forward(self, x):
+        return self.weight * (x.float() * rstd(x, self.eps)).to(torch.promote_types(x.dtype, torch.as_tensor(self.eps).dtype))
+
+
 class InGlobals(Norm):
     def forward(self, x):
         return super().forward(x) if SWITCH else x
@@ -225,6 +230,7 @@ CHANGES = {
     "registered buffer": (Optional, bias_becomes_a_buffer),
     "attribute of the class": (Switched, lambda norm: setattr(Switched, "on", False)),
     "epsilon with a gradient": (Norm, lambda norm: setattr(norm, "eps", nn.Parameter(torch.tensor(0.5)))),
+    "epsilon in fp64": (Plain, lambda norm: setattr(norm, "eps", torch.tensor([0.5], dtype=torch.float64))),
     "epsilon of each column": (Norm, lambda norm: setattr(norm, "eps", torch.linspace(0.1, 1, COLUMNS))),
     "configuration": (Configured, lambda norm: vars(norm.config).update(scaled=True, factors={"all": 2.0})),
     "dictionary": (lambda: Configured(scaled=True), lambda norm: norm.config.factors.update(all=2.0)),

@@ -1,6 +1,7 @@
 """Recognition: each semantics is found and told from all others, what is something else is left alone, and nothing is touched."""
 
 import itertools
+from collections import deque
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -179,6 +180,15 @@ def counting(self, x):
     return rounded(self, x)
 
 
+def remembering(self, x):
+    self.history.append(x)
+    return rounded(self, x)
+
+
+def rounded_as_the_gate(self, x, gate):
+    return (self.weight * (x.float() * rstd(x, self.eps)).to(gate.dtype) * torch.sigmoid(gate.float())).to(x.dtype)
+
+
 def running_mean(self, x):
     self.weight.lerp_(x.detach().float().reshape(-1, 64).mean(0), 0.1)
     return rounded(self, x)
@@ -278,6 +288,16 @@ OTHERS = {
     "NaN replaced": (norm_of(lambda self, x: rounded(self, x).nan_to_num()), "no RMS norm", False),
     "in place": (norm_of(in_place), "changes its input", False),
     "counting": (norm_of(counting, calls=0), "changes the module", False),
+    "history": (norm_of(remembering, history=deque(maxlen=3)), "changes the module", False),
+    "long history of others": (
+        norm_of(
+            lambda self, x: remembering(self.other, x) * self.weight / self.other.weight,
+            other=SimpleNamespace(history=[0] * 99, weight=1, eps=1e-6),
+        ),
+        "changes what it reads",
+        False,
+    ),
+    "gate's dtype": (norm_of(rounded_as_the_gate), "rounds in no known order", True),
     "running mean": (norm_of(running_mean, weight=nn.Buffer(torch.ones(64))), "changes the module", False),
     "parts": (  # a name and nothing else, as in Voxtral
         norm_of(fails, "AdaRMSNorm", weight=None, eps=None, linear1=nn.Linear(8, 4), linear2=nn.Linear(4, 8)),

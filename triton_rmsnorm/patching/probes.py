@@ -7,6 +7,7 @@ elements that such a difference tips over a rounding boundary, HALF_MISMATCHES. 
 
 import copy
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,5 +218,7 @@ def _set(module: nn.Module, path: str, value: float) -> None:
 
 def _state(module: nn.Module) -> dict:
     """What a forward might change: compare two of one module."""
-    values = {n: repr(v) if isinstance(v, (int, float, str, tuple, list, dict, set)) else id(v) for n, v in attributes(module).items()}
+    values = {
+        n: repr(v) if isinstance(v, (int, float, str, tuple, list, dict, set, deque)) else id(v) for n, v in attributes(module).items()
+    }
     return values | {name: (id(t), t._version) for name, t in own_tensors(module).items()}

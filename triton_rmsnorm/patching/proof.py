@@ -254,7 +254,8 @@ class Proof:
         yield self.subject.probe(x, B16, B16, training=True)
         if self.subject.weight is not None:
             for dtype, weight in itertools.permutations((F32, B16, F16), 2):
-                yield self.subject.probe(x, dtype, weight, required=False)
+                probe = self.subject.probe(x, dtype, weight, required=False)
+                yield from [probe] if probe.gate is None else [probe, replace(probe, gate=probe.gate.to(dtype))]
         flat = x.view(-1, *self.shape)
         for size in filter(self._has_rank, ROWS):
             yield self.subject.probe(flat[: math.prod(size)].reshape(*size, *self.shape), B16, B16, required=False)

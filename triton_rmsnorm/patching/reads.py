@@ -193,7 +193,9 @@ class _Walk:
             self.note(root, path, value)
         elif isinstance(value, _CONTAINERS):
             large = len(value) > _LARGEST_CONTAINER
-            if not large:
+            if large:
+                self.note(None, path, len(value))
+            else:
                 self.note(root, path, frozen(value), changes=not isinstance(value, (tuple, frozenset)))
             for key, part in list(value.items()) if isinstance(value, dict) else () if large else enumerate(value):
                 if key in self.names if large else not is_plain(part):

@@ -174,7 +174,7 @@ def _covers(module: nn.Module, norm: Norm, x: Any, weight: Tensor | None, gate: 
     if torch.compiler.is_compiling() and (norm.reads.compiling or isinstance(eps, Tensor)):
         return False
     if isinstance(eps, Tensor):
-        return eps.numel() == 1 and not eps.requires_grad
+        return eps.numel() == 1 and not eps.requires_grad and eps.dtype in PROVED_DTYPES
     return isinstance(eps, (float, int)) or (eps is None and norm.default_eps)
 
 
