@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import triton_rmsnorm
 from triton_rmsnorm import patch, unpatch
+from triton_rmsnorm.integrations.layers import RMSNorm
 from triton_rmsnorm.patching.reads import reads
 from triton_rmsnorm.patching.replacement import is_replacement
 
@@ -297,6 +298,17 @@ def test_between_two_patches(make, change, device):
     expected = norm(x)
     patch(norm)
     torch.testing.assert_close(norm(x), expected)
+
+
+def test_a_layer_of_the_kernels_package(device, launches):
+    """Its forward is put into modules that keep their class, where setting an attribute is not noticed but looked for."""
+    norm, x = Switched().to(device), torch.randn(3, COLUMNS, device=device)
+    norm.on = True
+    norm.forward = types.MethodType(RMSNorm.forward, norm)
+    torch.testing.assert_close(norm(x), Switched.forward(norm, x))
+    assert len(launches) == 1
+    norm.on = False
+    assert torch.equal(norm(x), x)
 
 
 def test_what_a_cached_method_reads(device):
