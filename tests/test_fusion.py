@@ -216,6 +216,17 @@ def test_wrapped_forward():
     assert "wrapped around its forward" in reason(Wrapped())
 
 
+class Calling(Norm):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_a_norm_whose_class_has_its_own_call():
+    layer = Decorated()
+    layer.after = Calling()
+    assert reason(layer) == "a call of its norm does more than the norm's forward"
+
+
 def test_decorated():
     torch.manual_seed(0)
 

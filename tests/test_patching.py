@@ -254,6 +254,17 @@ def test_patched_restores_after_an_exception():
     assert classes(model) == before
 
 
+@pytest.mark.parametrize("make", [Layer, lambda: LlamaRMSNorm(8)], ids=["layer", "norm"])
+def test_patched_restores_what_it_replaced_and_no_more(make):
+    """Also where a model that is itself a layer or a norm was patched before in another way."""
+    model = make()
+    patch(model, fuse_residual=True)
+    before = classes(model)
+    with patched(model, recompute=True):
+        assert classes(model) != before
+    assert classes(model) == before
+
+
 def test_our_own_modules_are_no_candidates():
     assert patch(nn.Sequential(triton_rmsnorm.RMSNorm(8), triton_rmsnorm.RMSNormGated(8))).rows == ()
 

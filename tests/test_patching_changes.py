@@ -1,10 +1,12 @@
 """What changes after a norm was recognized: between two patches, and while it is patched. No call may give numbers of before."""
 
 import copy
+import functools
 import io
 import pickle
 import sys
 import types
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import triton_rmsnorm
 from triton_rmsnorm import patch, unpatch
+from triton_rmsnorm.integrations.layers import RMSNorm
 from triton_rmsnorm.patching.reads import reads
 from triton_rmsnorm.patching.replacement import is_replacement
 
@@ -42,6 +45,11 @@ class Configured(Norm):
         return factor * self.weight * (x.float() * rstd(x, self.config.eps)).to(x.dtype)
 
 
+class Plain(Norm):
+    def forward(self, x):
+        return self.weight * (x.float() * rstd(x, self.eps)).to(torch.promote_types(x.dtype, torch.as_tensor(self.eps).dtype))
+
+
 class InGlobals(Norm):
     def forward(self, x):
         return super().forward(x) if SWITCH else x
@@ -58,6 +66,152 @@ class WithMethod(Norm):
 
     def forward(self, x):
         return self.weight * (x.float() * self.factor(x)).to(x.dtype)
+
+
+class BySuper(WithMethod):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class WithOthers(Norm):
+    """Calls what is in its class in other ways than methods."""
+
+    @property
+    def one(self):
+        return 1.0
+
+    @classmethod
+    def two(cls):
+        return 1.0
+
+    @functools.cache  # noqa: B019
+    def three(self, dtype):
+        return self.scale
+
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.one * self.two() * self.three(x.dtype)
+
+
+def doubled(x):
+    return x
+
+
+class ByFunction(Norm):
+    def forward(self, x):
+        return doubled(super().forward(x))
+
+
+class Differentiated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y if SWITCH else 2 * y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+class ByAutograd(Norm):
+    def forward(self, x):
+        return Differentiated.apply(super().forward(x))
+
+
+class ByParameters(Norm):
+    def forward(self, x):
+        return super().forward(x) + sum(p for name, p in self.named_parameters() if name != "weight")
+
+
+class Matched(Switched):
+    def forward(self, x):
+        match self:
+            case Matched(on=True):
+                return Norm.forward(self, x)
+        return x
+
+
+@dataclass(slots=True)
+class Slots:
+    factor: float = 1.0
+    eps: float = 1e-6
+
+
+class MadeUp:
+    """Its attributes are in a dictionary."""
+
+    def __init__(self):
+        self._values = {"factor": 1.0, "eps": 1e-6}
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._values[name]
+
+    def times(self, y):
+        return self.factor * y
+
+
+class Large(dict):
+    """More than is compared as a whole."""
+
+    def __init__(self):
+        super().__init__({str(number): number for number in range(99)} | {"factor": 1.0, "eps": 1e-6})
+
+
+class Held(Norm):
+    """Its epsilon and a factor are in an object that it holds somehow."""
+
+    def __init__(self, held):
+        super().__init__()
+        del self.eps
+        self.held = held
+
+    def get(self, name):
+        held = self.held[0] if isinstance(self.held, (list, tuple)) else self.held
+        return held[name] if isinstance(held, dict) else held
+
+    def forward(self, x):
+        found = self.get("eps"), self.get("factor")
+        eps, factor = found if isinstance(self.held, dict) else (found[0].eps, found[1].factor)
+        return factor * self.weight * (x.float() * rstd(x, eps)).to(x.dtype)
+
+
+class HoldsMethod(Norm):
+    def __init__(self):
+        super().__init__()
+        self.times = MadeUp().times
+
+    def forward(self, x):
+        return self.times(super().forward(x))
+
+
+def of_a_closure():
+    held = SimpleNamespace(factor=1.0)
+
+    class Enclosing(Norm):
+        def forward(self, x):
+            return held.factor * self.weight * (x.float() * rstd(x, self.eps)).to(x.dtype)
+
+    norm = Enclosing()
+    norm.note = held
+    return norm
+
+
+class Twice(nn.Module):
+    def forward(self, y):
+        return 2 * y
+
+
+class WithChild(Norm):
+    """As in TransformerLens, where hooks on such submodules look at values and change them."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Sequential(nn.Identity())
+
+    def forward(self, x):
+        return self.child(super().forward(x))
 
 
 SWITCH = True
@@ -77,6 +231,7 @@ CHANGES = {
     "registered buffer": (Optional, bias_becomes_a_buffer),
     "attribute of the class": (Switched, lambda norm: setattr(Switched, "on", False)),
     "epsilon with a gradient": (Norm, lambda norm: setattr(norm, "eps", nn.Parameter(torch.tensor(0.5)))),
+    "epsilon in fp64": (Plain, lambda norm: setattr(norm, "eps", torch.tensor([0.5], dtype=torch.float64))),
     "epsilon of each column": (Norm, lambda norm: setattr(norm, "eps", torch.linspace(0.1, 1, COLUMNS))),
     "configuration": (Configured, lambda norm: vars(norm.config).update(scaled=True, factors={"all": 2.0})),
     "dictionary": (lambda: Configured(scaled=True), lambda norm: norm.config.factors.update(all=2.0)),
@@ -84,6 +239,23 @@ CHANGES = {
     "global": (InGlobals, lambda norm: globals().update(SWITCH=False)),
     "global of another module": (InAModule, lambda norm: setattr(flags, "on", False)),
     "forward": (Norm, lambda norm: setattr(Norm, "forward", lambda self, x: 2 * x)),
+    "forward by super()": (BySuper, lambda norm: setattr(WithMethod, "forward", lambda self, x: 2 * x)),
+    "property": (WithOthers, lambda norm: setattr(WithOthers, "one", property(lambda self: 2))),
+    "class method": (WithOthers, lambda norm: setattr(WithOthers, "two", classmethod(lambda cls: 2))),
+    "function": (ByFunction, lambda norm: globals().update(doubled=lambda x: 2 * x)),
+    "global of an autograd function": (ByAutograd, lambda norm: globals().update(SWITCH=False)),
+    "one of all parameters": (ByParameters, lambda norm: norm.register_parameter("bias", BIAS)),
+    "attribute of a pattern": (Matched, lambda norm: setattr(norm, "on", False)),
+    "slots": (lambda: Held(Slots()), lambda norm: setattr(norm.held, "factor", 2.0)),
+    "computed attributes": (lambda: Held(MadeUp()), lambda norm: norm.held._values.update(factor=2.0)),
+    "epsilon in a large dictionary": (lambda: Held(Large()), lambda norm: norm.held.update(eps=0.5)),
+    "object in a list": (lambda: Held([SimpleNamespace(eps=1e-6, factor=1.0)]), lambda norm: setattr(norm.held[0], "factor", 2.0)),
+    "object in a tuple": (lambda: Held((Slots(),)), lambda norm: setattr(norm.held[0], "factor", 2.0)),
+    "object of a method": (HoldsMethod, lambda norm: norm.times.__self__._values.update(factor=2.0)),
+    "object of a closure": (of_a_closure, lambda norm: setattr(norm.note, "factor", 2.0)),
+    "hook of a submodule": (WithChild, lambda norm: norm.child[0].register_forward_hook(lambda module, args, y: 2 * y)),
+    "forward of a submodule": (WithChild, lambda norm: setattr(norm.child[0], "forward", lambda y: 2 * y)),
+    "another submodule": (WithChild, lambda norm: norm._modules.update(child=Twice())),
     "method": (WithMethod, lambda norm: setattr(WithMethod, "factor", lambda self, x: 2)),
 }
 
@@ -94,6 +266,10 @@ def _as_before(monkeypatch):
     monkeypatch.setattr(Switched, "on", True)
     monkeypatch.setattr(Norm, "forward", Norm.forward)
     monkeypatch.setattr(WithMethod, "factor", WithMethod.factor)
+    monkeypatch.setattr(WithMethod, "forward", WithMethod.forward)
+    monkeypatch.setitem(globals(), "doubled", doubled)
+    for name in ("one", "two"):
+        monkeypatch.setattr(WithOthers, name, vars(WithOthers)[name])
     monkeypatch.setattr(flags, "on", True, raising=False)
     monkeypatch.setitem(sys.modules, flags.__name__, flags)
 
@@ -124,14 +300,41 @@ def test_between_two_patches(make, change, device):
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_epsilon_of_a_configuration_is_followed(device, launches):
+def test_a_layer_of_the_kernels_package(device, launches):
+    """Its forward is put into modules that keep their class, where setting an attribute is not noticed but looked for."""
+    norm, x = Switched().to(device), torch.randn(3, COLUMNS, device=device)
+    norm.on = True
+    norm.forward = types.MethodType(RMSNorm.forward, norm)
+    torch.testing.assert_close(norm(x), Switched.forward(norm, x))
+    assert len(launches) == 1
+    norm.on = False
+    assert torch.equal(norm(x), x)
+
+
+def test_what_a_cached_method_reads(device):
+    norm, x = WithOthers().to(device), torch.randn(3, COLUMNS, device=device)
+    assert patch(norm).replaced == 1
+    norm.scale = 2.0
+    torch.testing.assert_close(norm(x), original_of(norm)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (Configured, lambda norm, eps: setattr(norm.config, "eps", eps)),
+        (lambda: Held(Slots()), lambda norm, eps: setattr(norm.held, "eps", eps)),
+        (lambda: Held(MadeUp()), lambda norm, eps: norm.held._values.update(eps=eps)),
+    ],
+    ids=["attributes", "slots", "computed"],
+)
+def test_epsilon_of_a_configuration_is_followed(make, change, device, launches):
     """Also where two models share the configuration."""
-    norms = [Configured().to(device) for _ in range(2)]
-    norms[1].config = norms[0].config
+    norms = [make().to(device) for _ in range(2)]
+    vars(norms[1]).update({name: value for name, value in vars(norms[0]).items() if name in ("config", "held")})
     x = 0.1 * torch.randn(3, COLUMNS, device=device)
     for norm, eps in zip(norms, (1e-2, 0.5), strict=True):
         patch(norm)
-        norm.config.eps = eps
+        change(norm, eps)
         torch.testing.assert_close(norm(x), original_of(norm)(x))
     assert len(launches) == 2
 

@@ -107,7 +107,32 @@ class ByProduct(Norm):
         return (self.weight * x.float() * torch.rsqrt(square / COLUMNS + self.eps)).to(x.dtype)
 
 
-AUTOCAST = {Norm: "unaffected", OfTorch: "rms_norm", Asks: "other", WeightAfter: "other", ByProduct: "other"}
+class Decorated(Norm):
+    forward = torch.autocast("cpu", enabled=False)(OfTorch.forward)
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, (COLUMNS,), weight, eps)
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            return *torch.autograd.grad(F.rms_norm(inputs[0], (COLUMNS,), inputs[1], ctx.eps), inputs, dy), None
+
+
+class CastingFunction(Norm):
+    def forward(self, x):
+        return Function.apply(x, self.weight, self.eps)
+
+
+AUTOCAST = {Norm: "unaffected", OfTorch: "rms_norm"}
+AUTOCAST |= dict.fromkeys((Asks, WeightAfter, ByProduct, Decorated, CastingFunction), "other")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,6 +1,7 @@
 """Recognition: each semantics is found and told from all others, what is something else is left alone, and nothing is touched."""
 
 import itertools
+from collections import deque
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -32,6 +33,10 @@ def sum_by_einsum(self, x):
 def rounded_if_weight_is_half(self, x):
     x = x * rstd(x, self.eps)
     return self.weight * (x.to(self.weight.dtype) if self.weight.dtype in (torch.float16, torch.bfloat16) else x)
+
+
+def divided(self, x):
+    return self.weight * (x.float() / torch.sqrt(mean_square(x.float()) + self.eps)).to(x.dtype)
 
 
 def plain(self, x):
@@ -139,7 +144,7 @@ def test_semantics_differ_by_far_more_than_is_put_down_to_rounding(scaled):
         pairs = list(zip(outputs[one], outputs[other], strict=True))
         shares = [1.0 if a.dtype != b.dtype else ((a != b) & ~(a.isnan() & b.isnan())).double().mean().item() for a, b in pairs]
         assert max(shares) > 25 * HALF_MISMATCHES, f"{one} and {other}"
-        assert not all(agree(a, b) for a, b in pairs)
+        assert not all(agree(a, b, probe.coarsest) for (a, b), probe in zip(pairs, probes, strict=True))
 
 
 # --- what is something else ---
@@ -175,6 +180,15 @@ def counting(self, x):
     return rounded(self, x)
 
 
+def remembering(self, x):
+    self.history.append(x)
+    return rounded(self, x)
+
+
+def rounded_as_the_gate(self, x, gate):
+    return (self.weight * (x.float() * rstd(x, self.eps)).to(gate.dtype) * torch.sigmoid(gate.float())).to(x.dtype)
+
+
 def running_mean(self, x):
     self.weight.lerp_(x.detach().float().reshape(-1, 64).mean(0), 0.1)
     return rounded(self, x)
@@ -192,8 +206,27 @@ def plain_in_bf16_training(self, x):
     return plain(self, x) if x.dtype == torch.bfloat16 and self.training else rounded(self, x)
 
 
+def detached_in_training(self, x):
+    return mean_detached(self, x) if self.training else rounded(self, x)
+
+
+def limited_x_hat(self, x):
+    return self.weight * (x.float() * rstd(x, self.eps)).clamp(max=getattr(self, "limit", 6)).to(x.dtype)
+
+
+def limited_in_fp16(self, x):
+    return rounded(self, x).clamp(-65000, 65000) if x.dtype == torch.float16 else rounded(self, x)
+
+
 def fails(self, x):
     raise NotImplementedError("a kernel for another device")
+
+
+def exits(self, x):
+    raise SystemExit("a kernel for another device")
+
+
+ONES = torch.ones(64)
 
 
 # Norms, reasons (None: not in the report), and whether they resemble an RMS norm.
@@ -226,6 +259,23 @@ OTHERS = {
     "rstd": (norm_of(lambda self, x: rstd(x, self.eps).to(x.dtype), weight=None), "reciprocal", False),
     "mean detached": (norm_of(mean_detached), "gradient", True),
     "weight detached": (norm_of(lambda self, x: self.weight.detach() * (x.float() * rstd(x, self.eps)).to(x.dtype)), "gradient", True),
+    "mean detached in training": (norm_of(detached_in_training), "gradient", True),
+    "limited in fp16": (norm_of(limited_in_fp16), "for torch.float16 input and torch.float16 weight", True),
+    "limited weight": (norm_of(lambda self, x: self.weight.clamp(-9, 9) * rounded(self, x) / self.weight), "no RMS norm", False),
+    "limited x_hat": (norm_of(limited_x_hat), "no RMS norm", False),
+    "limited x_hat of many columns": (norm_of(limited_x_hat, weight=nn.Parameter(torch.ones(1024)), limit=20), "no RMS norm", False),
+    "limited epsilon": (norm_of(scaled_by(lambda self, x: torch.rsqrt(mean_square(x) + max(self.eps, 1e-8)))), "no RMS norm", False),
+    "tensor in a list": (
+        norm_of(lambda self, x: rounded(self, x) * self.hidden[0], hidden=[ONES]),
+        "reads a tensor that is neither",
+        False,
+    ),
+    "global tensor": (norm_of(lambda self, x: rounded(self, x) * ONES), "reads a tensor that is neither", False),
+    "checks its input": (
+        norm_of(lambda self, x: x if (x == 0).all() else rounded(self, x)),
+        "depends on the values of its input",
+        False,
+    ),
     "over rows": (norm_of(scaled_by(lambda self, x: torch.rsqrt(x.pow(2).mean() + self.eps))), "no RMS norm", False),
     "part of the columns": (norm_of(scaled_by(lambda self, x: rstd(x[..., :63], self.eps))), "no RMS norm", False),
     "other without gradients": (
@@ -238,6 +288,16 @@ OTHERS = {
     "NaN replaced": (norm_of(lambda self, x: rounded(self, x).nan_to_num()), "no RMS norm", False),
     "in place": (norm_of(in_place), "changes its input", False),
     "counting": (norm_of(counting, calls=0), "changes the module", False),
+    "history": (norm_of(remembering, history=deque(maxlen=3)), "changes the module", False),
+    "long history of others": (
+        norm_of(
+            lambda self, x: remembering(self.other, x) * self.weight / self.other.weight,
+            other=SimpleNamespace(history=[0] * 99, weight=1, eps=1e-6),
+        ),
+        "changes what it reads",
+        False,
+    ),
+    "gate's dtype": (norm_of(rounded_as_the_gate), "rounds in no known order", True),
     "running mean": (norm_of(running_mean, weight=nn.Buffer(torch.ones(64))), "changes the module", False),
     "parts": (  # a name and nothing else, as in Voxtral
         norm_of(fails, "AdaRMSNorm", weight=None, eps=None, linear1=nn.Linear(8, 4), linear2=nn.Linear(4, 8)),
@@ -245,6 +305,7 @@ OTHERS = {
         False,
     ),
     "fails": (norm_of(fails), None, False),
+    "exits": (norm_of(exits, "SomeRMSNorm"), "fails on a copy on the CPU: SystemExit: a kernel for another", True),
     "fails by name": (norm_of(fails, "SomeRMSNorm"), "fails on a copy on the CPU: NotImplementedError: a kernel for another", True),
 }
 
@@ -342,9 +403,11 @@ def test_torchs_module(shape, affine, eps):
     assert norm.autocast == "rms_norm"
 
 
-@pytest.mark.parametrize("columns", [2, 3, 127, 4096])
+@pytest.mark.parametrize("columns", [2, 3, *range(16, 65, 4), 127, 4096])
 def test_any_number_of_columns(columns):
-    assert recognize(norm_of(rounded, weight=nn.Parameter(torch.ones(columns)))).norm.semantics == ROUNDED
+    """Also where another way to compute x_hat tips a few elements of it over a rounding boundary, before a weight in float32."""
+    for forward in (rounded, divided):
+        assert recognize(norm_of(forward, weight=nn.Parameter(torch.ones(columns)))).norm.semantics == ROUNDED
 
 
 # --- what is remembered ---

@@ -66,6 +66,9 @@ def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:
         names = source.norms & replaced
         if not names:
             return None, source.reason(replaced)
+        names = {name for name in names if type(layer._modules[name]).__call__ is nn.Module.__call__}
+        if not names:
+            return None, "a call of its norm does more than the norm's forward"
         if _has_any_global_hook():
             return None, "there is a hook for all modules, which would see the trial"
         found = reads(layer, submodules=False)

@@ -4,6 +4,7 @@ import copy
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -87,7 +88,7 @@ def copy_with(module: nn.Module, tensor: Callable, submodule: Callable, cls: typ
         cls: its class.
     """
     copied = object.__new__(cls or type(module))
-    own = {name: copy.copy(value) if isinstance(value, (list, dict, set)) else value for name, value in attributes(module).items()}
+    own = {name: copy.copy(value) if isinstance(value, (list, dict, set, deque)) else value for name, value in attributes(module).items()}
     vars(copied).update(vars(nn.Module()) | own)
     for kind, made in (("_parameters", tensor), ("_buffers", tensor), ("_modules", submodule)):
         vars(copied)[kind] = {name: None if one is None else made(name, one) for name, one in vars(module)[kind].items()}

@@ -134,6 +134,6 @@ def _small_instance(cls: type[nn.Module]) -> nn.Module | None:
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
         if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             values[name] = 1e-6 if "eps" in name else 16 if "group" in name else 64
-    with suppress(Exception), isolated(), torch.device("meta"):
+    with suppress(Exception, SystemExit), isolated(), torch.device("meta"):
         return cls(**values)
     return None

@@ -86,9 +86,9 @@ def unpatch(target: Target) -> None:
         for cls in classes:
             restore_constructor(cls)
         if isinstance(target, nn.Module):
-            _restore(module for _, module in named_modules(target))
+            _restore((module, nn.Module) for _, module in named_modules(target))
         else:
-            _restore(module for cls in classes for module in _replaced_instances(cls))
+            _restore((module, nn.Module) for cls in classes for module in _replaced_instances(cls))
 
 
 @contextmanager
@@ -112,53 +112,57 @@ def patched(target: Target, *, strict: bool = False, fuse_residual: bool = False
         ImportError: as in patch.
         RuntimeError: as in patch, and at the end as in unpatch.
     """
-    report, modules, constructors = _patch(target, strict, fuse_residual, recompute)
+    report, changed, constructors = _patch(target, strict, fuse_residual, recompute)
     try:
         yield report
     finally:
         with LOCK:
             for cls in constructors:
-                modules += restore_constructor(cls)
-            _restore(modules)
+                changed += ((module, cls) for module in restore_constructor(cls))
+            _restore(changed)
 
 
-def _patch(target: Target, strict: bool, fuse_residual: bool, recompute: bool) -> tuple[Report, list[nn.Module], list[type]]:
-    """The report, the modules that were given another class, and the classes whose constructors were replaced. All or nothing."""
+# Modules that were given another class, and the class of each before that.
+Changed = list[tuple[nn.Module, type]]
+
+
+def _patch(target: Target, strict: bool, fuse_residual: bool, recompute: bool) -> tuple[Report, Changed, list[type]]:
+    """The report, what was given another class, and the classes whose constructors were replaced. All or nothing."""
     classes = _classes_of(target)
     model = target if isinstance(target, nn.Module) else None
     if (fuse_residual or recompute) and model is None:
         option = "fuse_residual" if fuse_residual else "recompute"
         raise TypeError(f"target must be a torch.nn.Module for {option}, got {target!r}")
-    modules: list[nn.Module] = []
+    changed: Changed = []
     constructors: list[type] = []
     with LOCK:
         try:
             named = [(None, module) for module in _instances(classes)] if model is None else named_modules(model)
-            rows = _change(REPLACE, named, modules)
+            rows = _change(REPLACE, named, changed)
             replaced = {row.cls for row in rows if row.status == Status.REPLACED}
             rows += [_replace_constructor(outcome_of_class(cls, cls in replaced), constructors) for cls in classes]
             if strict and any(row.status == Status.LEFT_ALONE and row.resembles for row in rows):
                 raise RuntimeError(f"not every RMS norm can be replaced:\n{Report(tuple(rows))}")
             if fuse_residual and model is not None:
-                rows += _change(FUSE, named_modules(model), modules)
+                rows += _change(FUSE, named_modules(model), changed)
             if recompute and model is not None:
-                rows += _change(RECOMPUTE, [("", model)], modules)
+                rows += _change(RECOMPUTE, [("", model)], changed)
         except BaseException:
             for cls in constructors:
                 restore_constructor(cls)
-            _restore(modules)
+            _restore(changed)
             raise
-    return Report(tuple(rows)), modules, constructors
+    return Report(tuple(rows)), changed, constructors
 
 
-def _change(change: Change, named: Iterable[tuple[str | None, nn.Module]], changed: list[nn.Module]) -> list[Row]:
+def _change(change: Change, named: Iterable[tuple[str | None, nn.Module]], changed: Changed) -> list[Row]:
     """Gives modules their new class and appends them to `changed`. The rows count those that are equal but for their names."""
     memory: dict = {}
     outcomes = [(name, module, *outcome(change, module, memory)) for name, module in named]
     names: dict[Row, list[str | None]] = {}
     for name, module, row, cls in outcomes:
         if cls is not None:
-            changed.append(module)
+            changed.append((module, type(module)))
             assign(module, cls)
         if row is not None:
             names.setdefault(row, []).append(name)
@@ -176,15 +180,15 @@ def _replace_constructor(row: Row, replaced: list[type]) -> Row:
     return row
 
 
-def _restore(modules: Iterable[nn.Module]) -> None:
-    """Gives replaced norms and fused layers among `modules` their own class again."""
-    modules = list(modules)
-    for module in modules:
+def _restore(changed: Iterable[tuple[nn.Module, type]]) -> None:
+    """Takes classes that we made from modules, down to a class that each had before, or else its own."""
+    changed = list(changed)
+    for module, _ in changed:
         cls = type(module)
         if mark_of(cls) is None and any(map(mark_of, cls.__mro__)):
             raise RuntimeError(f"a replaced norm or layer has become a {cls.__name__} since: undo that first")
-    for module in modules:
-        while (mark := mark_of(type(module))) is not None:  # a model that is a layer, too, may have two
+    for module, before in reversed(changed):
+        while type(module) is not before and (mark := mark_of(type(module))) is not None:  # a model that is a layer, too, may have two
             own = vars(module).get("forward")
             if isinstance(own, functools.partial) and own.func is mark.forward:  # see replacement.py
                 del vars(module)["forward"]

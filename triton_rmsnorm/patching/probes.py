@@ -7,7 +7,8 @@ elements that such a difference tips over a rounding boundary, HALF_MISMATCHES. 
 
 import copy
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,19 +35,29 @@ F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
 _TO_FLOAT32 = re.compile("pow|rsqrt|reciprocal|sum|prod|cumsum|cumprod|norm|linalg_vector_norm|c?dist|renorm|expm?1?|log(2|10|1p)?")
 _TO_HALF = re.compile("mm|bmm|mv|addmm|addmv|addr|addbmm|baddbmm|matmul|linear|einsum|prelu")
 
+# Operators that give Python values of tensors, on which the code that follows may depend.
+_TO_PYTHON = {"_local_scalar_dense", "allclose", "equal", "is_nonzero"}
 
-def agree(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs are of one norm, up to the last bits of float32 (see the top of this file)."""
+
+def agree(actual: Tensor, expected: Tensor, rounded_to: torch.dtype = F32) -> bool:
+    """Whether two outputs are of one norm, up to the last bits of float32 (see the top of this file).
+
+    Args:
+        actual, expected: the outputs.
+        rounded_to: a dtype that something may have been rounded to on the way.
+    """
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return False
     if torch.equal(actual, expected):
         return True
-    info = torch.finfo(actual.dtype)
-    relative = FLOAT32_TOLERANCE if actual.dtype == F32 else 4 * info.eps
-    if not torch.isclose(actual, expected, rtol=relative, atol=2 * info.smallest_normal * info.eps, equal_nan=True).all():
+    infos = [torch.finfo(dtype) for dtype in (actual.dtype, rounded_to)]
+    half = any(info.bits == 16 for info in infos)
+    relative = 4 * max(info.eps for info in infos) if half else FLOAT32_TOLERANCE
+    tiny = max(2 * info.smallest_normal * info.eps for info in infos)
+    if not torch.isclose(actual, expected, rtol=relative, atol=tiny, equal_nan=True).all():
         return False
-    mismatches = ((actual != expected) & ~(actual.isnan() & expected.isnan())).sum().item()
-    return actual.dtype == F32 or mismatches <= max(1, HALF_MISMATCHES * actual.numel())
+    same = torch.isclose(actual, expected, rtol=FLOAT32_TOLERANCE if actual.dtype == F32 else 0, atol=0, equal_nan=True)
+    return not half or (~same).sum().item() <= max(1, HALF_MISMATCHES * actual.numel())
 
 
 class _RMSNormCalls(TorchFunctionMode):
@@ -62,17 +73,33 @@ class _RMSNormCalls(TorchFunctionMode):
 
 
 class _Operators(Draws):
-    """Notes whether autocast on a GPU would change what is computed. Refuses random numbers."""
+    """Notes whether autocast on a GPU would change what is computed. Refuses random numbers, and tensors from elsewhere."""
 
     autocast = False
+    own: dict[int, Tensor]  # those that a forward is given, and what it has computed of them
+    epsilons: set[int]  # of these, the module's epsilons, which may become numbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__.rstrip("_")
+        if name != "lift_fresh" and any(id(tensor) not in self.own for tensor in _tensors((*args, *(kwargs or {}).values()))):
+            raise LeftAloneError("it reads a tensor that is neither its input nor its parameter or buffer")
+        if name in _TO_PYTHON and any(id(tensor) not in self.epsilons for tensor in _tensors(args)):
+            raise LeftAloneError("what it does depends on the values of its input")
         if _TO_HALF.fullmatch(name):
             self.autocast = True
         elif _TO_FLOAT32.fullmatch(name):
             self.autocast |= any(isinstance(arg, Tensor) and arg.dtype in HALF for arg in args)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.own |= {id(tensor): tensor for tensor in _tensors((result,))}
+        return result
+
+
+def _tensors(values: Iterable) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,13 @@ class Probe:
 
     @property
     def in_float32(self) -> bool:
-        return self.x.dtype == F32 and (self.weight is None or self.weight.dtype == F32)
+        return self.coarsest == F32
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """Of the dtypes of its tensors, the one with the fewest digits."""
+        dtypes = [self.x.dtype, *([] if self.weight is None else [self.weight.dtype])]
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 class Subject:
@@ -117,25 +150,29 @@ class Subject:
     def probe(self, x: Tensor, dtype: torch.dtype = F32, weight: torch.dtype = F32, gate: Tensor | None = None, **rest: Any) -> Probe:
         if self.gated:
             gate = (self.randn(*x.shape) if gate is None else gate).to(weight)
-        tensor = None if self.weight_shape is None else self.randn(*self.weight_shape).to(weight)
+        tensor = None
+        if self.weight_shape is not None:  # of all magnitudes, so that it shows if the weight is limited
+            tensor = (self.randn(*self.weight_shape) * self.randn(*self.weight_shape).mul(3).exp2()).to(weight)
         return Probe(x.to(dtype), gate if self.gated else None, tensor, **rest)
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=F32, device="cpu")
 
-    def run(self, probe: Probe) -> Tensor | Exception:
+    def run(self, probe: Probe) -> Tensor | BaseException:
         """What the original's forward returns for copies of the probe's tensors."""
         x, gate, weight = (None if t is None else _cloned(t) for t in (probe.x, probe.gate, probe.weight))
         copied = self._copy(probe, weight)
         inputs = [t for t in (x, gate) if t is not None]
         before = _state(copied)
         versions = [t._version for t in inputs]
+        self.operators.own = {id(tensor): tensor for tensor in (*inputs, *own_tensors(copied).values())}
+        self.operators.epsilons = {id(tensor) for name, tensor in own_tensors(copied).items() if is_epsilon(name, tensor)}
         try:
             with self.calls, self.operators, torch.set_grad_enabled(probe.training or probe.x.requires_grad):
                 actual = self.cls.forward(copied, *inputs)
         except LeftAloneError:
             raise
-        except Exception as error:  # of any kind: it is other people's code
+        except (Exception, SystemExit) as error:  # of any kind: it is other people's code
             return error.with_traceback(None)  # which would keep the copy, an instance of the class
         if versions != [t._version for t in inputs]:
             raise LeftAloneError("its forward changes its input")
@@ -174,12 +211,14 @@ def _set(module: nn.Module, path: str, value: float) -> None:
     owner: Any = module
     for attribute in owners:
         owner_copy = copy.copy(getattr(owner, attribute))
-        vars(owner)[attribute] = owner_copy
+        object.__setattr__(owner, attribute, owner_copy)
         owner = owner_copy
-    vars(owner)[name] = value
+    object.__setattr__(owner, name, value)
 
 
 def _state(module: nn.Module) -> dict:
     """What a forward might change: compare two of one module."""
-    values = {n: repr(v) if isinstance(v, (int, float, str, tuple, list, dict, set)) else id(v) for n, v in attributes(module).items()}
+    values = {
+        n: repr(v) if isinstance(v, (int, float, str, tuple, list, dict, set, deque)) else id(v) for n, v in attributes(module).items()
+    }
     return values | {name: (id(t), t._version) for name, t in own_tensors(module).items()}

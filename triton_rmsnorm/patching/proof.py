@@ -37,6 +37,13 @@ ELEMENTS = 4096
 ROWS: tuple[tuple[int, ...], ...] = ((), (8,), (2, 4), (2, 2, 2))
 
 
+def _with_outliers(x: Tensor, dims: int = 1) -> Tensor:
+    """x with rows in which one element is nearly all: it shows if x_hat is limited, which is at most the root of the number of columns."""
+    rows = x.flatten(-dims).flatten(0, -2)
+    rows[1::4, 0], rows[2::4, -1] = 1e3, -1e3
+    return rows.view_as(x)
+
+
 class Proof:
     """Probes run one after another, and each removes candidates.
 
@@ -77,7 +84,7 @@ class Proof:
         """Whether it computes `norm` also with a weight of this shape."""
         self.subject.weight_shape, self.shape = weight_shape, weight_shape[-1:]
         rows = (1,) * (len(self.rows) - 1)
-        x = self.subject.randn(*rows, 2, *self.shape) * torch.tensor([[1.0], [1e-3]], dtype=F32)
+        x = _with_outliers(self.subject.randn(*rows, 4, *self.shape) * torch.tensor([[1.0], [1.0], [1.0], [1e-3]], dtype=F32))
         for dtype in (F32, B16):
             probe = self.subject.probe(x, dtype, dtype)
             actual = self.subject.run(probe)
@@ -104,7 +111,7 @@ class Proof:
         candidates = list(self._candidates())
         for probe in self._probes(eps):
             actual = self.subject.run(probe)
-            if isinstance(actual, Exception):
+            if isinstance(actual, BaseException):
                 if probe.required:
                     raise fails(self.subject, actual)
                 continue
@@ -115,7 +122,8 @@ class Proof:
         if len(candidates) > 1:
             raise LeftAloneError(f"more than one semantics fits: {'; '.join(map(str, candidates))}", resembles=True)
         semantics = candidates[0]
-        self._prove_gradients(semantics, eps)
+        for training in (False, True):
+            self._prove_gradients(semantics, eps, training)
         return Norm(
             semantics,
             self.subject.weight if semantics.scaled else None,
@@ -131,7 +139,7 @@ class Proof:
 
     def _fitting(self, candidates: list[Semantics], probe: Probe, actual: Tensor, eps: str | float) -> list[Semantics]:
         formulas = {c: c.in_float32() if probe.in_float32 else c for c in candidates}
-        fits = {formula: agree(actual, self._expected(formula, probe, eps)) for formula in set(formulas.values())}
+        fits = {formula: agree(actual, self._expected(formula, probe, eps), probe.coarsest) for formula in set(formulas.values())}
         return [c for c in candidates if fits[formulas[c]]]
 
     def _candidates(self) -> Iterator[Semantics]:
@@ -154,7 +162,7 @@ class Proof:
             raise reason
         hints = [declared if isinstance(declared, (tuple, list)) else None, (64,) if weight == (1,) else weight, weight, (64,)]
         hints += [(v,) for v in values.values() if type(v) is int and 1 < v <= 1 << 16]
-        failure: Exception | None = None
+        failure: BaseException | None = None
         for hint, self.rows in itertools.product(hints, ROWS[1:]):
             if hint and all(type(size) is int and size > 0 for size in hint):
                 self.shape = tuple(hint)
@@ -187,13 +195,15 @@ class Proof:
         for base in reversed(self.subject.cls.__mro__):
             numbers |= {name: v for name, v in vars(base).items() if type(v) is float}
         numbers |= attributes(self.module)
-        numbers |= {".".join(path): v for root, path, v in self.reads.values if not root and len(path) > 1}
+        paths = {path: v for root, path, v in self.reads.values if not root and len(path) > 1}
+        named = {path: v for path, v in paths.items() if all(type(step) is str and not step.startswith("__") for step in path)}
+        numbers |= {".".join(map(str, path)): v for path, v in named.items()}
         names = [n for n, v in numbers.items() if (type(v) in (int, float) and abs(v) < 1) or (v is None and "eps" in n)]
         names += [name for name, tensor in own_tensors(self.module).items() if is_epsilon(name, tensor)]
         probe = self.subject.probe(1e-3 * self.subject.randn(*self.rows, *self.shape))
         outputs = {name: self.subject.run(replace(probe, changed={name: OTHER_EPS})) for name in names}
         before = self.subject.run(probe)
-        if isinstance(before, Exception):
+        if isinstance(before, BaseException):
             raise fails(self.subject, before)
         acting: list[str | float] = [n for n, after in outputs.items() if isinstance(after, Tensor) and not agree(after, before)]
         if acting:
@@ -225,7 +235,7 @@ class Proof:
         rows = (copies * self.rows[0], *self.rows[1:])
         near = math.sqrt(abs(self._value({}, eps) or torch.finfo(F32).eps))
         scales = torch.tensor([1, 1, 30, 0.05, near, 0.3 * near, 3 * near, 0], dtype=F32).repeat(math.prod(rows) // 8)
-        x = self.subject.randn(*rows, *self.shape) * scales.view(*rows, *[1] * len(self.shape))
+        x = _with_outliers(self.subject.randn(*rows, *self.shape) * scales.view(*rows, *[1] * len(self.shape)), len(self.shape))
         special = self.subject.randn(math.prod(rows), *self.shape)
         special[0].view(-1)[0] = math.inf
         special[1].view(-1)[0] = math.nan
@@ -234,14 +244,18 @@ class Proof:
 
         yield self.subject.probe(x, training=True)
         if isinstance(eps, str):
-            yield self.subject.probe(x, changed={eps: OTHER_EPS})
+            for value in (OTHER_EPS, 0.0):
+                yield self.subject.probe(x, changed={eps: value}, required=value > 0)
         yield self.subject.probe(special.view_as(x))
         for dtype in (B16, F16):
             yield self.subject.probe(x, dtype, dtype)
+            probe = self.subject.probe(special.view_as(x), dtype, dtype)
+            yield replace(probe, weight=None if probe.weight is None else 4096 * probe.weight)  # so that products overflow
         yield self.subject.probe(x, B16, B16, training=True)
         if self.subject.weight is not None:
             for dtype, weight in itertools.permutations((F32, B16, F16), 2):
-                yield self.subject.probe(x, dtype, weight, required=False)
+                probe = self.subject.probe(x, dtype, weight, required=False)
+                yield from [probe] if probe.gate is None else [probe, replace(probe, gate=probe.gate.to(dtype))]
         flat = x.view(-1, *self.shape)
         for size in filter(self._has_rank, ROWS):
             yield self.subject.probe(flat[: math.prod(size)].reshape(*size, *self.shape), B16, B16, required=False)
@@ -298,12 +312,12 @@ class Proof:
         value = changed.get(eps, attrgetter(eps)(self.module))
         return EPS_OF_TENSORS if isinstance(value, Tensor) else value
 
-    def _prove_gradients(self, semantics: Semantics, eps: str | float) -> None:
+    def _prove_gradients(self, semantics: Semantics, eps: str | float, training: bool) -> None:
         """Of a random function of y, by autograd: so that nothing is detached that the formula differentiates."""
-        probe = self.subject.probe(self.subject.randn(*self.rows, *self.shape))
+        probe = self.subject.probe(self.subject.randn(*self.rows, *self.shape), training=training)
         inputs = [t.requires_grad_() for t in (probe.x, probe.gate, probe.weight if semantics.scaled else None) if t is not None]
         actual, expected = self.subject.run(probe), self._expected(semantics, probe, eps)
-        if isinstance(actual, Exception):
+        if isinstance(actual, BaseException):
             raise fails(self.subject, actual)
         dy = self.subject.randn(*expected.shape)
         wanted = torch.autograd.grad(expected, inputs, dy)

@@ -19,19 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_rmsnorm.patching.subclass import mark_of
+from triton_rmsnorm.patching.subclass import mark_of, original_of
 
 # Packages whose functions do not change what they compute.
 _TRUSTED = sys.stdlib_module_names | {"numpy", "torch", "triton", "triton_rmsnorm"}
 # Code with one of these names may read any attribute.
 _REFLECTION = {"__dict__", "__getattribute__", "attrgetter", "eval", "exec", "getattr", "globals", "locals", "vars"}
+_REFLECTION |= {f"{named}{kind}" for named in ("", "named_", "_") for kind in ("parameters", "buffers", "modules", "children")}
 _COMPILING = {"is_compiling", "is_dynamo_compiling", "is_exporting"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 # Methods that run wherever an attribute is read.
 _HOOKS = {"__getattr__", "__getattribute__"}
 # Larger containers, longer paths and more functions are not followed.
-_LARGEST_CONTAINER, _LONGEST_PATH, _MOST_FUNCTIONS = 32, 4, 256
+_LARGEST_CONTAINER, _LONGEST_PATH, _MOST_FUNCTIONS = 32, 16, 256
 _MISSING = object()
+_FUNCTIONS, _CONTAINERS = (types.FunctionType, type), (dict, list, tuple, set, frozenset)
+
+
+Path = tuple[str | tuple[Hashable], ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Reads:
         names: of attributes of the module.
         every: whether it may read any attribute, because its code looks attributes up by computed names.
         values: plain values that are not attributes of the module itself, such as flags of its class, fields of its configuration and
-            globals: the Python module or "" for the nn.Module, the path of attributes, and the value at the time of the proof.
+            globals: the Python module or "" for the nn.Module, the path, and the value at the time of the proof. A path has names of
+            attributes, and keys and indexes, each as a tuple of one.
+        functions: where functions and classes are found among globals, in the same way.
         code: a digest of the code that was followed, and of constants that it is bound to.
         autocast: whether the code mentions autocast.
         compiling: whether the code asks if it is compiled.
@@ -50,7 +57,8 @@ class Reads:
 
     names: frozenset[str] = frozenset()
     every: bool = False
-    values: tuple[tuple[str, tuple[str, ...], Hashable], ...] = ()
+    values: tuple[tuple[str, Path, Hashable], ...] = ()
+    functions: tuple[tuple[str, Path], ...] = ()
     code: str = ""
     autocast: bool = False
     compiling: bool = False
@@ -68,7 +76,7 @@ class Reads:
 
     def hold(self, module: nn.Module) -> bool:
         """Whether `values` are what they were."""
-        return all(same(frozen(_at(module, root, path)), value) for root, path, value in self.values)
+        return all(same(frozen(at(sys.modules.get(root) if root else module, path)), value) for root, path, value in self.values)
 
 
 def reads(module: nn.Module, submodules: bool = True) -> Reads | None:
@@ -83,9 +91,11 @@ def reads(module: nn.Module, submodules: bool = True) -> Reads | None:
     if not walk.functions:
         return None
     autocast = any("autocast" in name or name in ("custom_fwd", "custom_bwd") for name in walk.names)
-    values = tuple((root, path, value) for (root, path), value in sorted(walk.values.items(), key=lambda item: item[0]))
+    values = tuple((*where, value) for where, value in sorted(walk.values.items(), key=repr))
+    functions = tuple(sorted(walk.places, key=repr))
     compiling = not _COMPILING.isdisjoint(walk.names)
-    return Reads(frozenset(walk.names), bool(walk.names & _REFLECTION), values, walk.digest.hexdigest(), autocast, compiling)
+    every = not _REFLECTION.isdisjoint(walk.names)
+    return Reads(frozenset(walk.names), every, values, functions, walk.digest.hexdigest(), autocast, compiling)
 
 
 def is_plain(value: Any) -> bool:
@@ -94,7 +104,10 @@ def is_plain(value: Any) -> bool:
 
 
 def _itself_or_type(value: Any) -> Hashable:
-    return value if is_plain(value) else f"{type(value).__module__}.{type(value).__qualname__}"
+    if is_plain(value):
+        return value
+    cls = original_of(type(value))
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def frozen(value: Any, of_other: Callable[[Any], Hashable] = _itself_or_type) -> Hashable:
@@ -113,11 +126,16 @@ def same(value: Any, other: Any) -> bool:
     return value is other or (type(value) is type(other) and value == other)
 
 
-def _at(module: nn.Module, root: str, path: tuple[str, ...]) -> Any:
+def at(value: Any, path: Path) -> Any:
     """What a path leads to by now."""
-    value: Any = sys.modules.get(root) if root else module
-    for name in path:
-        value = getattr(value, name, _MISSING)
+    for step in path:
+        if isinstance(step, str):
+            value = getattr(value, step, _MISSING)
+        else:
+            try:
+                value = value[step[0]]
+            except (LookupError, TypeError):
+                value = _MISSING
     return value
 
 
@@ -128,12 +146,13 @@ class _Walk:
         self.module, self.submodules = module, submodules
         self.names: set[str] = {name for name in _HOOKS if _method(type(module), name)}
         self.functions: dict[int, types.FunctionType] = {}
-        self.values: dict[tuple[str, tuple[str, ...]], Hashable] = {}
+        self.values: dict[tuple[str, Path], Hashable] = {}
+        self.places: set[tuple[str, Path]] = set()  # of functions and classes
         self.digest = hashlib.sha256()
-        self.holders: dict[int, tuple[str | None, tuple[str, ...], Any]] = {id(module): ("", (), module)}
+        self.holders: dict[int, tuple[str | None, Path, Any]] = {id(module): ("", (), module)}
 
     def run(self) -> None:
-        self.visit(None, (), _method(type(self.module), "forward"), own=True)
+        self.visit("", ("forward", "__wrapped__"), _method(type(self.module), "forward"), own=True)  # as it is found while it is replaced
         found: tuple = ()
         while found != (found := (len(self.names), len(self.functions), len(self.holders))):
             # That a module trains or not does not make it another one.
@@ -142,46 +161,60 @@ class _Walk:
                 other = isinstance(holder, nn.Module) and holder is not self.module
                 for name in names:
                     if name != "forward" or self.submodules or not other:
-                        for value in _held(holder, name):
+                        for value in _held(holder, name, root == ""):
                             self.visit(root, (*path, name), value, own=holder is self.module)
 
-    def visit(self, root: str | None, path: tuple[str, ...], value: Any, own: bool = False) -> None:
+    def visit(self, root: str | None, path: Path, value: Any, own: bool = False) -> None:
         """Notes a value, or what can be reached from it.
 
         Args:
             root, path: where it is, as in Reads.values; None where no path leads to it.
             own: it is in a class of the module, so it is followed even if that is one of torch.nn.
         """
+        if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+            root = None  # torch.compile can neither compare it nor look for its attributes
+        if isinstance(value, types.MethodType):
+            self.visit(root, (*path, "__self__"), value.__self__)
         if isinstance(value, (staticmethod, classmethod, types.MethodType)):
             value = value.__func__
+        if root and isinstance(value, _FUNCTIONS):
+            self.places.add((root, path))
         if isinstance(value, types.FunctionType):
-            self.follow(value, own)
+            self.follow(root, path, value, own)
         elif isinstance(value, property):
             self.visit(None, (), value.fget, own)
         elif isinstance(value, (functools.partial, functools.partialmethod)):
-            for part in (value.func, *value.args, *value.keywords.values()):
-                self.visit(None, (), part, own)
+            followed = root if isinstance(value, functools.partial) else None
+            for name, part in (("func", value.func), ("args", value.args), ("keywords", value.keywords)):
+                self.visit(followed, (*path, name), part, own)
         elif isinstance(value, functools.cached_property):
             self.visit(None, (), value.func, own)
         elif is_plain(value):
             self.note(root, path, value)
-        elif isinstance(value, (dict, list, tuple, set, frozenset)):
-            if len(value) <= _LARGEST_CONTAINER:
+        elif isinstance(value, _CONTAINERS):
+            large = len(value) > _LARGEST_CONTAINER
+            if large:
+                self.note(None, path, len(value))
+            else:
                 self.note(root, path, frozen(value), changes=not isinstance(value, (tuple, frozenset)))
-                for part in value.values() if isinstance(value, dict) else value:
-                    if not is_plain(part):
-                        self.visit(None, (), part)
+            for key, part in list(value.items()) if isinstance(value, dict) else () if large else enumerate(value):
+                if key in self.names if large else not is_plain(part):
+                    # No path leads into a set. Containers inside are noted already, and registries of functions would take long.
+                    skipped = isinstance(value, (set, frozenset)) or (not large and isinstance(part, _FUNCTIONS + _CONTAINERS))
+                    self.visit(None if skipped else root, (*path, (key,)), part)
+        elif "__wrapped__" in getattr(value, "__dict__", ()):  # by functools.cache
+            self.visit(root, (*path, "__wrapped__"), value.__wrapped__, own)
         elif not isinstance(value, Tensor):
             self.enter(root, path, value)
 
-    def note(self, root: str | None, path: tuple[str, ...], value: Hashable, changes: bool = False) -> None:
+    def note(self, root: str | None, path: Path, value: Hashable, changes: bool = False) -> None:
         """Plain attributes of the module itself are left out: that they are set is noticed (see replacement.py)."""
         if root is None:
             self.digest.update(repr(value).encode())
         elif root or len(path) > 1 or changes or path[0] not in vars(self.module):
             self.values[root, path] = value
 
-    def enter(self, root: str | None, path: tuple[str, ...], value: Any) -> None:
+    def enter(self, root: str | None, path: Path, value: Any) -> None:
         """Follows the attributes of an object, a class or a Python module."""
         if id(value) in self.holders or len(path) > _LONGEST_PATH:
             return
@@ -190,39 +223,46 @@ class _Walk:
                 self.holders[id(value)] = value.__name__, (), value
         elif isinstance(value, type):
             if not _trusted(value.__module__):
+                if issubclass(value, torch.autograd.Function):
+                    for name in sorted(vars(value).keys() & {"forward", "setup_context", "backward"}):
+                        self.visit(root, (*path, name), vars(value)[name])
                 self.holders[id(value)] = root, path, value
         elif isinstance(value, nn.Module):
             self.holders[id(value)] = root, path, value
+            self.note(root, path, frozen(value), changes=True)
             if self.submodules:
                 self.visit(None, (), _method(type(value), "forward"))
             if self.submodules and _trusted(type(value).__module__):
                 for name, attribute in vars(value).items():
                     if name not in INTERNAL and is_plain(attribute):
                         self.note(root, (*path, name), attribute)
-        elif hasattr(value, "__dict__"):
+        elif hasattr(value, "__dict__") or hasattr(value, "__slots__"):
             self.holders[id(value)] = root, path, value
             if not _trusted(type(value).__module__):
                 self.visit(None, (), _method(type(value), "__call__"))
 
-    def follow(self, function: types.FunctionType, own: bool) -> None:
+    def follow(self, root: str | None, path: Path, function: types.FunctionType, own: bool) -> None:
         """Takes the names and globals of a function, and what it is bound to."""
         if id(function) in self.functions or len(self.functions) >= _MOST_FUNCTIONS:
             return
         self.functions[id(function)] = function
-        for cell in function.__closure__ or ():
+        space = function.__globals__
+        origin = space.get("__name__", "")  # not function.__module__, which decorators copy from what they wrap
+        for index, (name, cell) in enumerate(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)):
             with suppress(ValueError):  # an empty cell
-                self.visit(None, (), cell.cell_contents, own)
+                followed = root if name != "__class__" and not _trusted(origin) else None
+                self.visit(followed, (*path, "__closure__", (index,), "cell_contents"), cell.cell_contents, own)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.visit(None, (), value)
-        space = function.__globals__
-        root = space.get("__name__", "")  # not function.__module__, which decorators copy from what they wrap
-        if _trusted(root) and not (own and root.startswith("torch.nn.")):
+        if _trusted(origin) and not (own and origin.startswith("torch.nn.")):
+            if "autocast" in origin:  # a decorator
+                self.names.add("autocast")
             return
         names = set(_digested(function.__code__, self.digest))
         self.names |= names
-        known = vars(sys.modules[root]) is space if root in sys.modules else False
+        known = vars(sys.modules[origin]) is space if origin in sys.modules else False
         for name in sorted(names & space.keys()):
-            self.visit(root if known else None, (name,), space[name])
+            self.visit(origin if known else None, (name,), space[name])
 
 
 # Attributes that every nn.Module has. What is proved is the forward of its class, not what something put into the instance.
@@ -233,31 +273,38 @@ def _trusted(name: str | None) -> bool:
     return (name or "").partition(".")[0] in _TRUSTED
 
 
-def _bases(cls: type) -> list[type]:
+def bases_of(cls: type) -> list[type]:
     """Classes that a class inherits from, without those that we made or that all have."""
     return [base for base in cls.__mro__ if base not in (nn.Module, object) and mark_of(base) is None]
 
 
 def _method(cls: type, name: str) -> Any:
-    return next((vars(base)[name] for base in _bases(cls) if name in vars(base)), None)
+    return next((vars(base)[name] for base in bases_of(cls) if name in vars(base)), None)
 
 
-def _held(holder: Any, name: str) -> Iterator[Any]:
-    """What `holder` has of that name, without running code of its class."""
+def _held(holder: Any, name: str, computed: bool) -> Iterator[Any]:
+    """What `holder` has of that name. If `computed`, code of its class runs where that makes up attributes, as in some configurations."""
+    computed = computed and not isinstance(holder, (type, types.ModuleType, nn.Module))
     if isinstance(holder, (type, types.ModuleType)):
-        spaces = [vars(base) for base in _bases(holder)] if isinstance(holder, type) else [vars(holder)]
+        spaces = [vars(base) for base in bases_of(holder)] if isinstance(holder, type) else [vars(holder)]
     else:
         attributes = getattr(holder, "__dict__", {})
         if isinstance(holder, nn.Module):
             attributes = {key: value for key, value in attributes.items() if key != "forward"}
         trusted = _trusted(type(holder).__module__) and not isinstance(holder, nn.Module)
-        bases = [] if trusted else _bases(type(holder))
+        bases = [] if trusted else bases_of(type(holder))
         spaces = [attributes, attributes.get("_modules", {}) if isinstance(holder, nn.Module) else {}, *map(vars, bases)]
+        computed = computed and not trusted and any(_method(type(holder), hook) for hook in _HOOKS)
     for space in spaces:
         if name in space:
-            yield space[name]
+            slot = isinstance(space[name], types.MemberDescriptorType)
+            yield getattr(holder, name, _MISSING) if slot else space[name]
             if not isinstance(space[name], (types.FunctionType, property)):  # which super() may lead beyond
                 return
+            computed = False
+    if computed:
+        with suppress(Exception):  # of any kind: it is other people's code
+            yield getattr(holder, name)
 
 
 def _digested(code: types.CodeType, digest: Any) -> Iterator[str]:
@@ -269,6 +316,7 @@ def _digested(code: types.CodeType, digest: Any) -> Iterator[str]:
             yield from _digested(constant, digest)
         else:
             digest.update(repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant).encode())
-            if isinstance(constant, str) and constant.isidentifier():
-                yield constant
+            for name in constant if isinstance(constant, tuple) else (constant,):
+                if isinstance(name, str) and name.isidentifier():
+                    yield name
     digest.update(repr(code.co_names).encode())

@@ -35,7 +35,7 @@ def check_tensors(module: nn.Module) -> None:
             raise LeftAloneError(f"its {name} is a parameter, for which it would need a gradient", sounds)
 
 
-def fails(subject: Subject, error: Exception | None) -> LeftAloneError:
+def fails(subject: Subject, error: BaseException | None) -> LeftAloneError:
     """The forward of a subject fails."""
     message = str(error).split("\n")[0]
     reason = f"its forward fails on a copy on the CPU: {type(error).__name__}: {message}"

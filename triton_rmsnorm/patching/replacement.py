@@ -3,8 +3,9 @@
 import functools
 import inspect
 import itertools
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
-from triton_rmsnorm.patching.reads import INTERNAL, is_plain, reads, same
+from triton_rmsnorm.patching.reads import INTERNAL, Path, Reads, at, bases_of, is_plain, reads, same
 from triton_rmsnorm.patching.semantics import Norm
 from triton_rmsnorm.patching.subclass import Mark, assign, derived, mark_of, own_mark, proof_of
 
@@ -70,6 +71,11 @@ def _watched(module: nn.Module) -> bool:
     return any(len(one) > 0 for one in hooks) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
+def _calls_watched(module: nn.Module) -> bool:
+    """Whether a call of a submodule does more than its class's forward."""
+    return any(one is not None and (_watched(one) or _calls_watched(one)) for one in module._modules.values())
+
+
 def _alike(x: Any, residual: Any) -> bool:
     """Whether the sum has this dtype, shape and layout as well."""
     if not isinstance(x, Tensor) or not isinstance(residual, Tensor):
@@ -86,7 +92,7 @@ def _forward(mark: Mark, cls: type[nn.Module] | None = None) -> Callable:
         cls: the class of the modules that it is for; None: the replacement.
     """
     original, norm = mark.original, mark.proof
-    mark.methods = tuple((name, getattr(original, name)) for name in sorted(norm.reads.names) if _is_method(original, name))
+    mark.functions = tuple((holder, path, _function_at(holder, path)) for holder, path in _places(original, norm.reads))
     first, *rest = list(inspect.signature(mark.forward).parameters)[1:]
     gated = norm.semantics.activation is not None
 
@@ -114,17 +120,32 @@ def _in_force(mark: Mark, module: nn.Module, cls: type[nn.Module] | None) -> boo
     """Whether the module still has the class, and nothing has changed that can be noticed at a call; the rest: `_watching`."""
     if type(module) is not cls and cls not in type(module).__mro__:  # something has kept our forward beyond unpatch
         return False
-    if mark.original.forward is not mark.forward:
+    if mark.original.forward is not mark.forward or (module._modules and _calls_watched(module)):
         return False
-    for name, method in mark.methods:
-        if getattr(mark.original, name) is not method:
+    for holder, path, function in mark.functions:
+        if _function_at(holder, path) is not function:
             return False
     return not mark.proof.reads.values or mark.proof.reads.hold(module)
 
 
-def _is_method(original: type[nn.Module], name: str) -> bool:
-    method = getattr(original, name, None)
-    return isinstance(method, types.FunctionType) and method is not getattr(nn.Module, name, None)
+def _places(original: type[nn.Module], found: Reads) -> Iterator[tuple[Any, Path]]:
+    """Where a forward may look up functions and classes: in its classes, in each that super() may lead to, and among globals."""
+    bases = bases_of(original)
+    for name in sorted(found.names):
+        having = [number for number, base in enumerate(bases, 1) if isinstance(vars(base).get(name), _METHODS)]
+        yield from ((base, (name,)) for base in bases[: max(having, default=0)])
+    yield from ((sys.modules[root], path) for root, path in found.functions)
+
+
+_METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+
+
+def _function_at(holder: Any, path: Path) -> Any:
+    """What is there: of methods and properties their function."""
+    function = at(holder, path)
+    if isinstance(function, property):
+        return function.fget
+    return function.__func__ if isinstance(function, types.MethodType) else function
 
 
 def _covers(module: nn.Module, norm: Norm, x: Any, weight: Tensor | None, gate: Any) -> bool:
@@ -153,7 +174,7 @@ def _covers(module: nn.Module, norm: Norm, x: Any, weight: Tensor | None, gate: 
     if torch.compiler.is_compiling() and (norm.reads.compiling or isinstance(eps, Tensor)):
         return False
     if isinstance(eps, Tensor):
-        return eps.numel() == 1 and not eps.requires_grad
+        return eps.numel() == 1 and not eps.requires_grad and eps.dtype in PROVED_DTYPES
     return isinstance(eps, (float, int)) or (eps is None and norm.default_eps)
 
 

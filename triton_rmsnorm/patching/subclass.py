@@ -33,7 +33,7 @@ class Mark:
     def __init__(self, original: type[nn.Module], proof: Any, derive: Callable, holds: Callable[[nn.Module], bool]):
         self.original, self.proof, self.derive, self.holds = original, proof, derive, holds
         self.forward = original.forward
-        self.methods: tuple[tuple[str, Any], ...] = ()  # other methods that the forward calls
+        self.functions: tuple[tuple[Any, tuple, Any], ...] = ()  # others that the forward calls: the holder, the path and the function
         self.cls: type[nn.Module] | None = None  # the class
         self.instances: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 

@@ -85,12 +85,12 @@ def _try_out(trial: "_Trial", names: set[str], rewritten: Callable) -> set[str]:
         arguments = trial.arguments(filled)
         try:
             expected = trial.run(original, arguments)
-        except Exception as error:  # of any kind: it is the layer's own code, on input that it may not be made for
+        except (Exception, SystemExit) as error:  # of any kind: it is the layer's own code, on input that it may not be made for
             failure = failure or f"its forward does not run on a trial: {in_words(error)}"
             continue
         try:
             actual = trial.run(inspect.unwrap(rewritten), arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise LeftAloneError(f"rewritten, its forward fails on a trial: {in_words(error)}") from None
         if not _agree(actual, expected):
             raise LeftAloneError("rewritten, its forward computes something else on a trial")
