@@ -23,6 +23,7 @@ from triton_rmsnorm.patching.replacement import is_replacement
 pytest.importorskip("transformers")
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from bench.census.compare import compare
 from bench.census.tiny_models import model_types, tiny_batch, tiny_model
@@ -141,13 +142,16 @@ def test_peft(first, llama):
 
 
 @pytest.mark.parametrize(
-    "module", [LlamaRMSNorm(64), Gemma3nRMSNorm(64, with_scale=False), nn.RMSNorm((4, 16))], ids=lambda module: type(module).__name__
+    "module",
+    [LlamaRMSNorm(64), Gemma3nRMSNorm(64, with_scale=False), nn.RMSNorm((4, 16)), Qwen3NextRMSNormGated(64)],
+    ids=lambda module: type(module).__name__,
 )
 def test_compile(module, device):
     """One graph, with our operator in it."""
     module = module.to(device)
     patch(module)
-    x = torch.randn(3, *(module.weight.shape if hasattr(module, "weight") else (64,)), device=device, requires_grad=True)
+    inputs = len(inspect.signature(module.forward).parameters)
+    x = torch.randn(inputs, 3, *(module.weight.shape if hasattr(module, "weight") else (64,)), device=device, requires_grad=True)
     graphs = []
 
     def backend(graph, _):
@@ -155,7 +159,7 @@ def test_compile(module, device):
         return graph.forward
 
     compiled = torch.compile(module, fullgraph=True, backend=backend)
-    assert agree(compiled(x).detach(), module(x).detach())
+    assert agree(compiled(*x).detach(), module(*x).detach())
     assert len(graphs) == 1
     assert any(str(node.target).startswith("triton_rmsnorm.") for node in graphs[0].graph.nodes)
 

@@ -103,6 +103,14 @@ class ByFunction(Norm):
         return doubled(super().forward(x))
 
 
+FUNCTIONS = {"same": lambda x: x, "tanh": torch.tanh}
+
+
+class ByRegistry(Norm):
+    def forward(self, x):
+        return FUNCTIONS["same"](super().forward(x))
+
+
 class Differentiated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y):
@@ -243,6 +251,7 @@ CHANGES = {
     "property": (WithOthers, lambda norm: setattr(WithOthers, "one", property(lambda self: 2))),
     "class method": (WithOthers, lambda norm: setattr(WithOthers, "two", classmethod(lambda cls: 2))),
     "function": (ByFunction, lambda norm: globals().update(doubled=lambda x: 2 * x)),
+    "function in a registry": (ByRegistry, lambda norm: FUNCTIONS.update(same=lambda x: 2 * x)),
     "global of an autograd function": (ByAutograd, lambda norm: globals().update(SWITCH=False)),
     "one of all parameters": (ByParameters, lambda norm: norm.register_parameter("bias", BIAS)),
     "attribute of a pattern": (Matched, lambda norm: setattr(norm, "on", False)),
@@ -268,6 +277,7 @@ def _as_before(monkeypatch):
     monkeypatch.setattr(WithMethod, "factor", WithMethod.factor)
     monkeypatch.setattr(WithMethod, "forward", WithMethod.forward)
     monkeypatch.setitem(globals(), "doubled", doubled)
+    monkeypatch.setitem(FUNCTIONS, "same", FUNCTIONS["same"])
     for name in ("one", "two"):
         monkeypatch.setattr(WithOthers, name, vars(WithOthers)[name])
     monkeypatch.setattr(flags, "on", True, raising=False)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_rmsnorm.patching.subclass import mark_of, original_of
+from triton_rmsnorm.patching.subclass import mark_of
 
 # Packages whose functions do not change what they compute.
 _TRUSTED = sys.stdlib_module_names | {"numpy", "torch", "triton", "triton_rmsnorm"}
@@ -49,7 +49,7 @@ class Reads:
         values: plain values that are not attributes of the module itself, such as flags of its class, fields of its configuration and
             globals: the Python module or "" for the nn.Module, the path, and the value at the time of the proof. A path has names of
             attributes, and keys and indexes, each as a tuple of one.
-        functions: where functions and classes are found among globals, in the same way.
+        functions: where functions and classes, and dictionaries of them, are found among globals, in the same way.
         code: a digest of the code that was followed, and of constants that it is bound to.
         autocast: whether the code mentions autocast.
         compiling: whether the code asks if it is compiled.
@@ -106,7 +106,9 @@ def is_plain(value: Any) -> bool:
 def _itself_or_type(value: Any) -> Hashable:
     if is_plain(value):
         return value
-    cls = original_of(type(value))
+    cls = type(value)
+    mark = getattr(cls, "_triton_rmsnorm", None)  # torch.compile cannot follow mark_of
+    cls = mark.original if mark is not None and mark.cls is cls else cls
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -195,6 +197,9 @@ class _Walk:
             large = len(value) > _LARGEST_CONTAINER
             if large:
                 self.note(None, path, len(value))
+            elif root and _is_registry(value):
+                self.places.add((root, path))
+                self.note(None, path, frozen(value))
             else:
                 self.note(root, path, frozen(value), changes=not isinstance(value, (tuple, frozenset)))
             for key, part in list(value.items()) if isinstance(value, dict) else () if large else enumerate(value):
@@ -263,6 +268,11 @@ class _Walk:
         known = vars(sys.modules[origin]) is space if origin in sys.modules else False
         for name in sorted(names & space.keys()):
             self.visit(origin if known else None, (name,), space[name])
+
+
+def _is_registry(value: Any) -> bool:
+    """Whether it is a dictionary of functions and classes, such as ACT2FN of transformers, which has tuples with them, too."""
+    return isinstance(value, dict) and bool(value) and all(callable(one) or isinstance(one, tuple) for one in list(value.values()))
 
 
 # Attributes that every nn.Module has. What is proved is the forward of its class, not what something put into the instance.

@@ -92,7 +92,8 @@ def _forward(mark: Mark, cls: type[nn.Module] | None = None) -> Callable:
         cls: the class of the modules that it is for; None: the replacement.
     """
     original, norm = mark.original, mark.proof
-    mark.functions = tuple((holder, path, _function_at(holder, path)) for holder, path in _places(original, norm.reads))
+    found = ((holder, path, _function_at(holder, path)) for holder, path in _places(original, norm.reads))
+    mark.functions = tuple((*place, dict(value.items()) if isinstance(value, dict) else value) for *place, value in found)
     first, *rest = list(inspect.signature(mark.forward).parameters)[1:]
     gated = norm.semantics.activation is not None
 
@@ -123,7 +124,8 @@ def _in_force(mark: Mark, module: nn.Module, cls: type[nn.Module] | None) -> boo
     if mark.original.forward is not mark.forward or (module._modules and _calls_watched(module)):
         return False
     for holder, path, function in mark.functions:
-        if _function_at(holder, path) is not function:
+        found = _function_at(holder, path)
+        if found is not function and (type(function) is not dict or found != function):
             return False
     return not mark.proof.reads.values or mark.proof.reads.hold(module)
 
