@@ -72,6 +72,12 @@ def test_number_of_rows_compiles_nothing_anew(n, stand_in):
     assert compiled(1) == compiled(8192) == compiled(2**24)
 
 
+def test_too_many_rows():
+    """Their numbers are 32-bit integers in the kernels."""
+    with pytest.raises(RuntimeError, match="input must have at most 2147418112 rows, got 2147483648"):
+        plan.forward_launch(Spec((1,), 1e-6), config.SM_90, Layout((2**31, 1), (1, 1), torch.float32), None)
+
+
 def test_a_gradient_wider_than_x_counts():
     """With x_hat rounded, y and dy have the dtype of a wider weight: fewer rows of them are in flight."""
     x, dy = (Layout((2**20, 4096), (4096, 1), dtype) for dtype in (torch.bfloat16, torch.float32))
