@@ -161,7 +161,7 @@ def test_timing_is_interleaved_and_cold(monkeypatch):
     assert gpu.work[-3 * 6 :] == ["flush", "wait", "A", "flush", "wait", "B"] * 3
 
 
-def test_first_use_searches_once(clock, few, capsys):
+def test_first_use_searches_once(clock, few, capsys, monkeypatch):
     """Also the backward's key, when the first forward that needs a gradient is prepared. The next process reads the cache."""
     call(requires_grad=False)
     assert list(cached()) == [Key("forward", 256, 4, 4)]
@@ -174,6 +174,10 @@ def test_first_use_searches_once(clock, few, capsys):
     launch.forget()
     call(rows=3).sum().backward()
     assert not clock and choice("forward").store_policy == ".cs"
+    for versioned in (autotune, autotune.triton):  # other versions have other caches
+        with monkeypatch.context() as patch:
+            patch.setattr(versioned, "__version__", "another")
+            assert not cached()
 
 
 @pytest.mark.parametrize(("key", "output"), [(KEYS[0], "Y"), (KEYS[0], "RSTD"), (KEYS[4], "DX"), (KEYS[4], "DW")], ids=str)

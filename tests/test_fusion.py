@@ -382,6 +382,10 @@ def test_norm_replaced_since(device):
     x = torch.randn(2, COLUMNS, device=device)
     expected = model(x)
     patch(model, fuse_residual=True)
+    model.after.__class__ = type("Doubling", (type(model.after),), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)})
+    doubled = model(x)
+    model.after.__class__ = type(model.after).__base__
+    assert not torch.allclose(doubled, expected) and torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
     unpatch(model.after)
     assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
     model.after = nn.Identity()

@@ -2,6 +2,7 @@
 
 import mmap
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import numpy as np
 import pytest
@@ -52,18 +53,38 @@ def test_rows_do_not_depend_on_their_batch_on_devices(stand_in, device, run_as):
 @pytest.mark.parametrize("stand_in", [config.SM_80, config.SM_90, config.GFX942], ids=lambda stand_in: stand_in.name)
 @pytest.mark.parametrize("n", [128, 4096, 100_000])
 def test_number_of_rows_compiles_nothing_anew(n, stand_in):
-    """Rows decide the extent of the grid and integers that are no constants, but nothing that is compiled in."""
+    """Rows decide the extent of the grid and integers that are no constants, but nothing that is compiled in.
+
+    The programs of a backward are no more than its tiles, and no more than its configuration says.
+    """
+    backward = config.analytic(config.Key("backward", n, 2, 2), stand_in)
 
     def compiled(m):
         x, weight = Layout((m, n), (n, 1), torch.bfloat16), Layout((n,), (1,), torch.bfloat16)
         spec = Spec((n,), 1e-6)
         forward = plan.forward_launch(spec, stand_in, x, weight)
         launches = plan.backward_launches(spec, stand_in, Needs(), x, None, x, weight)
+        assert launches.main.grid[0] <= -(-m // backward.block_m) and prod(launches.main.grid) <= backward.programs
         prepared = [each for each in (forward, *launches) if each is not None]
         integers = ("M", "programs")
         return [(each.kernel, each.options, {k: v for k, v in each.values.items() if k not in integers}) for each in prepared]
 
-    assert compiled(16) == compiled(8192) == compiled(2**24)
+    assert compiled(1) == compiled(8192) == compiled(2**24)
+
+
+def test_too_many_rows():
+    """Their numbers are 32-bit integers in the kernels."""
+    with pytest.raises(RuntimeError, match="input must have at most 2147418112 rows, got 2147483648"):
+        plan.forward_launch(Spec((1,), 1e-6), config.SM_90, Layout((2**31, 1), (1, 1), torch.float32), None)
+
+
+def test_a_gradient_wider_than_x_counts():
+    """With x_hat rounded, y and dy have the dtype of a wider weight: fewer rows of them are in flight."""
+    x, dy = (Layout((2**20, 4096), (4096, 1), dtype) for dtype in (torch.bfloat16, torch.float32))
+    weight, spec = Layout((4096,), (1,), torch.float32), Spec((4096,), 1e-6, x_hat_dtype=torch.bfloat16)
+    key = config.Key("backward", 4096, itemsize=4, weight_itemsize=4)
+    launches = plan.backward_launches(spec, config.SM_90, Needs(), dy, None, x, weight)
+    assert launches.main.grid[0] == config.analytic(key, config.SM_90).programs
 
 
 @pytest.fixture
@@ -158,16 +179,16 @@ def test_threads(device):
 class FakeKernel:
     """Of Triton's: kernel[grid](...) launches on the current device and gives what kernel[grid] launches again."""
 
-    arg_names = ("X",)
+    arg_names = ("X", "Y")
 
     def __init__(self):
         self.current, self.compiled, self.launched = 0, [], []
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
-            device, address = self.current, arguments[0].address
-            self.compiled.append((device, address % 16 == 0))
-            return {grid: lambda *arguments, stream: self.launched.append((device, self.current, stream, arguments[0].address))}
+            device, addresses = self.current, [pointer.address for pointer in arguments]
+            self.compiled.append((device, *(address % 16 == 0 for address in addresses)))
+            return {grid: lambda *pointers, stream: self.launched.append((device, self.current, stream, *(p.address for p in pointers)))}
 
         return run
 
@@ -197,7 +218,7 @@ def test_kernels_are_compiled_once_a_device_and_alignment(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
     prepared = launch.Launch("forward", kernel, (1, 1, 1), config.Config(1, 64, 4))
     for _ in range(2):
-        for device, address in ((0, 64), (1, 64), (0, 72), (1, 72)):
-            prepared(FakePointer(device, address))
-    assert kernel.compiled == [(0, True), (1, True), (0, False), (1, False)] and kernel.current == 0
-    assert kernel.launched == [(0, 0, 100, 64), (1, 1, 101, 64), (0, 0, 100, 72), (1, 1, 101, 72)]
+        for device, *addresses in ((0, 64, 32), (1, 64, 32), (0, 72, 32), (0, 64, 40)):
+            prepared(*(FakePointer(device, address) for address in addresses))
+    assert kernel.compiled == [(0, True, True), (1, True, True), (0, False, True), (0, True, False)] and kernel.current == 0
+    assert kernel.launched == [(0, 0, 100, 64, 32), (1, 1, 101, 64, 32), (0, 0, 100, 72, 32), (0, 0, 100, 64, 40)]

@@ -239,8 +239,9 @@ def test_a_gated_norm_with_and_without_gate(device, launches):
     assert agree(norm(x, gate).detach(), twin(x, gate).detach())
     assert agree(norm(x, gate=gate).detach(), twin(x, gate).detach())
     assert len(launches) == 2
-    for call in (lambda one: one(x), lambda one: one(x, None), lambda one: one(x, gate=None), lambda one: one(hidden_states=x)):
-        assert torch.equal(call(norm), call(twin))
+    for arguments in ({}, {"gate": None}, {"gate": gate[:1]}, {"gate": gate[:, :1]}):  # a gate may be broadcast
+        assert torch.equal(norm(x, **arguments), twin(x, **arguments)) and torch.equal(norm(x, *arguments.values()), twin(x, **arguments))
+    assert torch.equal(norm(hidden_states=x), twin(x))
     assert len(launches) == 2
     with pytest.raises(TypeError):
         norm(x, gate, gate)

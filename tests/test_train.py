@@ -67,6 +67,8 @@ def test_same_losses(tmp_path, capsys, launches):
     for run in result["runs"].values():
         assert len(run["losses"]) == 3
         assert run["losses"][2] < run["losses"][0]
+        apart = [abs(one - other) for one, other in zip(run["losses"], result["runs"][BASELINE]["losses"], strict=True)]
+        assert run["largest_difference"] == max(apart)
         low, median, high = (run["step_seconds"][key] for key in ("low", "median", "high"))
         assert 0 < low <= median <= high and run["tokens_per_second"] == pytest.approx(4 * 32 / median)
         assert (run["peak_bytes"] is None) == (not torch.cuda.is_available())
@@ -77,6 +79,7 @@ def test_same_losses(tmp_path, capsys, launches):
     for step, loss in enumerate(result["runs"]["ours"]["losses"]):
         assert f"{step:>6}" in printed and f"{loss:.5f}" in printed
     assert f"ours and {BASELINE}" in printed and "the same." in printed
+    assert f"{1e3 * result['runs']['ours']['step_seconds']['median']:.1f}" in printed
     assert ("interpreter" in printed) == (not torch.cuda.is_available())
 
 
@@ -234,6 +237,7 @@ def test_differences():
     assert tolerance(runs) == 4 * 0.125
     near, far, nan = (Run(losses=[1.0, loss]) for loss in (2.5, 2.501, float("nan")))
     assert largest_difference(near, runs[BASELINE]) == 0.5
+    assert Run(seconds=[9.0, 9.0, 1.0, 3.0]).step_seconds == (1.5, 2.0, 2.5)  # without the first ones
     assert [agrees(run, runs) for run in (near, far, nan, Run("absent"))] == [True, False, False, False]
     assert largest_difference(Run("absent"), runs[BASELINE]) is None
     assert tolerance(runs | {CONTROL: runs[BASELINE]}) == 4 * 2.0 * torch.finfo(torch.float32).eps
