@@ -180,6 +180,15 @@ def test_first_use_searches_once(clock, few, capsys, monkeypatch):
             assert not cached()
 
 
+def test_no_search_in_a_backward(clock, few, device):
+    """Also where y, and with it dy, is wider than x: the forward looks for the backward's configuration as the backward will."""
+    x, weight = torch.ones(2, 256, dtype=torch.bfloat16, device=device), torch.ones(256, device=device)
+    y = triton_rmsnorm.rms_norm(x.requires_grad_(), (256,), weight, x_hat_dtype=torch.bfloat16)
+    clock.clear()
+    y.sum().backward()
+    assert y.dtype == torch.float32 and not clock
+
+
 @pytest.mark.parametrize(("key", "output"), [(KEYS[0], "Y"), (KEYS[0], "RSTD"), (KEYS[4], "DX"), (KEYS[4], "DW")], ids=str)
 def test_other_bits_are_refused(key, output, clock, few, monkeypatch):
     """However fast it is: a configuration whose results differ in one bit does not win, but in a full search it does."""

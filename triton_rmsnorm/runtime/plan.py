@@ -114,12 +114,13 @@ def _forward_plan(spec: Spec, needs_rstd: bool, device: torch.device, *keys: Lay
     assert x
     if not in_place(spec, weight, x, residual, gate):
         return None
+    y = contiguous(x.shape, spec.output_dtype(x, weight))
     if needs_rstd:  # a search for the backward's configuration runs now, because memory is short when the backward itself runs
         own_dresidual = residual is not None and residual.dtype != x.dtype
-        table.choose(_key("backward", spec, weight, x, residual, gate, own_dresidual), device_of(device))
+        table.choose(_key("backward", spec, weight, x, residual, gate, own_dresidual, dy=y), device_of(device))
     outputs = _new(
         device,
-        contiguous(x.shape, spec.output_dtype(x, weight)),
+        y,
         contiguous(spec.rstd_shape(x.shape), accumulation_dtype(x, residual, gate)) if needs_rstd else None,
         contiguous(x.shape, residual.dtype) if residual else None,
     )
