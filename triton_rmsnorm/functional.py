@@ -241,8 +241,8 @@ def _checked(
         raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
     if eps is not None and type(eps) is not float:
         eps = _number(eps, "eps must be a float or None")
-    group_size, weight_offset, *rest = options
-    if type(weight_offset) is not float or (group_size is not None and type(group_size) is not int):
+    if type(options[1]) is not float or (options[0] is not None and type(options[0]) is not int):
+        group_size, weight_offset, *rest = options
         weight_offset = _number(weight_offset, "weight_offset must be a float")
         if group_size is not None and (group_size := _integer(given := group_size)) is None:
             raise TypeError(f"group_size must be an int or None, got {given!r}")
