@@ -4,6 +4,9 @@ Whatever happens to one provider, the others are measured and the file says what
 """
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from bench import plot
+from bench.records import ROOT
 from bench.train import __main__ as command
 from bench.train.job import PRESETS, batches, count_parameters, new_model, read_text
 from bench.train.providers import BASELINE, CONTROL, PROVIDERS, QUICK, RECOMPUTED, control
@@ -187,6 +191,15 @@ def test_any_model_type(model, tmp_path, launches):
     result = json.loads((tmp_path / "figures.json").read_text())
     assert result["model"]["type"] == model
     assert result["runs"]["ours"]["largest_difference"] <= result["tolerance"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_model_type_in_a_process_of_its_own(tmp_path):
+    """As from a shell, where nothing has switched the interpreter on before."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command_line = [sys.executable, "-m", "bench.train", "--model", "olmo2", "--steps", "1", "--batch", "1", "--seq-len", "8"]
+    done = subprocess.run([*command_line, "--out", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow

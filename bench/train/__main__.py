@@ -74,10 +74,11 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before the arguments: model types of transformers are looked up, which imports Triton
     args = parse(argv)
     job: Job = args.job
     if job.device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)  # the interpreter has one, and a model that it can serve needs no more
     about = report.about(job)
     parameters = about["model"]["parameters"]
