@@ -35,7 +35,7 @@ DATA = records.ROOT / "docs" / "hf_census.json"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.hf_census", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types; all by default")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--workers", type=records.positive, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--json", type=Path, help=f"file for all results ({DATA.relative_to(records.ROOT)} where all types are tried)")
     parser.add_argument("--page", action="store_true", help="try nothing, but write the page of what was found before")
     parser.add_argument("--pretrained", action="store_true", help="try a model with trained weights instead, from packages on the index")
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         record = json.loads((data or DATA).read_text())
     else:
         metadata = records.metadata()
-        results = run(args.types or model_types(), args.workers, metadata, (data or DATA).with_suffix(".part.jsonl"))
+        progress = (data or DATA.with_name("hf_census_types")).with_suffix(".part.jsonl")  # not that of all types
+        results = run(args.types or model_types(), args.workers, metadata, progress)
         record = {"metadata": metadata, "results": results}
         if data:
             records.write(data, record, lines="results")

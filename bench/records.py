@@ -8,6 +8,7 @@
 Nothing here imports Triton before `versions` is called, so a program may still decide whether Triton interprets.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -31,6 +32,13 @@ def gpu() -> torch.device:
         print("There is no GPU here, and nothing to be measured without one.")
         raise SystemExit(NO_GPU)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
+    return int(text)
 
 
 def metadata() -> dict:

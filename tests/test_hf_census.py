@@ -124,15 +124,34 @@ def test_a_run_that_ended_early_goes_on(tmp_path, monkeypatch):
     assert given[1] == ["t5", *(f"transformers.models.{name}" for name in ("bert", "llama", "t5"))]
     assert [one.get("type") or one["package"] for one in results] == given[0]
     assert not progress.exists()
-    progress.write_text(json.dumps({"other": "versions"}) + '\n{"type": "bert"}\n')
-    run_module.run(["bert"], 1, METADATA, progress)
-    assert given[2] == ["bert", "transformers.models.bert"]
+    for of_another in (json.dumps({"other": "versions"}) + '\n{"type": "bert"}\n', ""):  # or of a run that was killed at once
+        progress.write_text(of_another)
+        run_module.run(["bert"], 1, METADATA, progress)
+        assert given.pop() == ["bert", "transformers.models.bert"]
 
 
-def test_unknown_types(capsys):
+def test_a_few_types_leave_the_progress_of_all(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "DATA", tmp_path / "hf_census.json")
+    monkeypatch.setattr(command, "run", lambda types, workers, metadata, progress: used.append(progress) or [])
+    for arguments in ([], ["--types", "llama"], ["--types", "llama", "--json", str(tmp_path / "few.json")]):
+        command.main(arguments)
+    assert [path.name for path in used] == ["hf_census.part.jsonl", "hf_census_types.part.jsonl", "few.part.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--types", "lama"], "--types must be a model type of transformers, such as llama or mllama or llama4, got lama"),
+        (["--workers", "0"], "--workers: must be a positive integer, got 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_arguments(arguments, words, capsys):
     with pytest.raises(SystemExit):
-        command.main(["--types", "lama"])
-    assert "--types must be a model type of transformers, such as llama or mllama or llama4, got lama" in capsys.readouterr().err
+        command.main(arguments)
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

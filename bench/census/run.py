@@ -38,7 +38,7 @@ def run(types: list[str], workers: int, metadata: dict, progress: Path) -> list[
     packages = sorted({f"transformers.models.{model_type_to_module_name(one)}" for one in types})
     tasks = [("type", one) for one in types] + [("package", one) for one in packages]
     head = json.dumps(records.undated(metadata)) + "\n"
-    before, *lines = progress.read_text().splitlines(keepends=True) if progress.exists() else [""]
+    before, *lines = (progress.read_text() if progress.exists() else "").splitlines(keepends=True) or [""]
     results = [json.loads(line) for line in lines if line.endswith("\n")] if before == head else []
     results = [one for one in results if _task(one) in tasks]
     done = {_task(one) for one in results}

@@ -32,9 +32,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of a Llama, and defaults of what follows")
     kind.add_argument("--model", metavar="TYPE", help="a model type of transformers, in a tiny configuration")
-    parser.add_argument("--steps", type=_positive, help="training steps of each run")
-    parser.add_argument("--seq-len", type=_positive, help="tokens per sequence; a token is a byte")
-    parser.add_argument("--batch", type=_positive, help="sequences per step")
+    parser.add_argument("--steps", type=records.positive, help="training steps of each run")
+    parser.add_argument("--seq-len", type=records.positive, help="tokens per sequence; a token is a byte")
+    parser.add_argument("--batch", type=records.positive, help="sequences per step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of parameters and activations")
     parser.add_argument("--checkpointing", action="store_true", help="keep a layer's input instead of its activations")
     parser.add_argument("--recompute", action="store_true", help="also ours with recompute_norms, which --compare includes")
@@ -65,12 +65,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 2 <= args.job.seq_len <= len(read_text()):
         parser.error(f"--seq-len must be from 2 to {len(read_text())}, the bytes of the text, got {args.job.seq_len}")
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
