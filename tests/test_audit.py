@@ -187,10 +187,20 @@ def test_frozen_figures_are_compared(monkeypatch, tmp_path, capsys):
     assert f"{ROW.key}: _rms_norm_fwd_kernel spills 16 bytes per thread" in shown
 
 
-def test_an_arbitrary_part_is_not_frozen(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--freeze", "--n", "64"], "--freeze takes no part but --quick"),
+        (["--quick", "--n", "28672"], "no problem of the grid has such a --variant and --n in the part of --quick"),
+        (["--jobs", "0"], "--jobs: must be a positive integer, got 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_arguments(arguments, words, capsys):
+    """An arbitrary part is not frozen, and a part without problems breaks no rule."""
     with pytest.raises(SystemExit):
-        command.main(["--freeze", "--n", "64"])
-    assert "--freeze takes no part but --quick" in capsys.readouterr().err
+        command.main(arguments)
+    assert words in capsys.readouterr().err
 
 
 def test_pictures(tmp_path, monkeypatch, capsys):

@@ -182,6 +182,9 @@ def test_what_cannot_be_counted(capsys):
     with pytest.raises(SystemExit):
         __main__.main(["--model", "Llama-3-8B", "llama-3"])
     assert "--model must be a model type of transformers, such as llama" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        __main__.main(["--tokens", "0"])
+    assert "--tokens: must be a positive integer, got 0" in capsys.readouterr().err
 
 
 @pytest.fixture

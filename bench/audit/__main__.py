@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import records
 from bench.audit import peers, rules
 from bench.audit.compile import TARGETS
 from bench.audit.rows import Row, audit, problems
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
     parser.add_argument("--n", action="append", type=int, choices=GRID, metavar="N", help="only rows of N columns; may be repeated")
-    parser.add_argument("--jobs", type=int, help="processes; by default one per core")
+    parser.add_argument("--jobs", type=records.positive, help="processes; by default one per core")
     parser.add_argument("--peers", action="store_true", help="compare kernels with those of Liger and flash-linear-attention instead")
     parser.add_argument("--freeze", action="store_true", help="keep the figures, of the grid or with --quick of its part, for tests")
     options = parser.parse_args(arguments)
@@ -79,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in problems(options.quick)
         if problem.n in (options.n or (problem.n,)) and problem.variant in (options.variant or VARIANTS)
     ]
+    if not chosen:
+        parser.error("no problem of the grid has such a --variant and --n" + " in the part of --quick" * options.quick)
     rows = audit([(target, problem) for problem in chosen for target in options.target or TARGETS], options.jobs)
     for table in tables(rows):
         console.print(table)

@@ -25,9 +25,9 @@ from bench.problem import DTYPES
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cost", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", nargs="+", default=[*MODELS], help=f"of {', '.join(MODELS)}, or model types of transformers")
-    parser.add_argument("--tokens", type=int, default=4096, help="of one sequence (default: %(default)s)")
+    parser.add_argument("--tokens", type=records.positive, default=4096, help="of one sequence (default: %(default)s)")
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "fp64"], default="bf16")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--jobs", type=records.positive, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
     for reason in filter(None, map(unknown, {*options.model} - {*MODELS})):
         parser.error(f"--model {reason}")
