@@ -187,6 +187,16 @@ def test_what_cannot_be_counted(capsys):
     assert "--tokens: must be a positive integer, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_models_that_cannot_be_counted(monkeypatch, tmp_path, capsys):
+    """One without RMS norms, and one that takes another input."""
+    monkeypatch.setattr(__main__.records, "RESULTS", tmp_path)
+    assert __main__.main(["--model", "bert", "t5", "--tokens", "64", "--jobs", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "bert, ours: no RMS norm is recognized" in shown and "t5, ours: ValueError: You must specify" in shown
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def record(monkeypatch, tmp_path, capsys) -> dict:
     """What the command writes for a small model and the providers that are always there, one of which has none of its norms."""

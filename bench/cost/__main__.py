@@ -3,6 +3,8 @@
 For one decoder layer of several models: launches, bytes read and written, and bytes kept for the backward, by the norms and by the whole
 layer, forward and backward. Nothing is timed and nothing is estimated; bench/cost/count.py says how each number is counted, and a dash
 stands for what cannot be counted. The result is a table, a file in bench/results/, and a picture beside it.
+
+Exit status: 0; 1 if nothing could be counted.
 """
 
 import argparse
@@ -38,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         counted = list(map(count, options.model))
     record = {"metadata": records.metadata(), "tokens": options.tokens, "dtype": options.dtype, "rows": [*chain(*counted)]}
+    if not any("costs" in row for row in record["rows"]):
+        print(report.markdown(record))
+        return 1
     of_others = [] if options.model == [*MODELS] else options.model
     file = records.RESULTS / f"{'-'.join(['cost', options.dtype, str(options.tokens), *of_others])}.json"  # the same at each run
     records.write(file, record, lines="rows")

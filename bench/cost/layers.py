@@ -199,6 +199,10 @@ def rows(name: str, tokens: int, dtype: str) -> list[dict]:
             row = {"norms": counted.norms, "computed": counted.computed, **counted.counts.as_row()}
         except UncountableError as error:
             row = {"reason": str(error)}
+        except Exception as error:
+            if name in MODELS:
+                raise
+            row = {"reason": f"{type(error).__name__}: {error}".split("\n")[0][:300]}  # such as a model that takes other input than text
         found.append({"model": name, "provider": provider, **row})
     return found
 
