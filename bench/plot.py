@@ -29,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"There are no results in {records.RESULTS}: python -m bench.run makes them.")
         return 1
     for file in files:
-        kind, result = file.name.split("-")[0], json.loads(file.read_text())
+        try:
+            kind, result = file.name.split("-")[0], json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"{file}: {error}")
         if kind == "run":
             print(report.markdown(result))
         PICTURES[kind](result).savefig(file.with_suffix(".png"), dpi=140)

@@ -309,8 +309,9 @@ def test_a_finished_run_is_not_gone_on_with(bench_run, monkeypatch, tmp_path, cl
         assert len(clock) == times * 3 * len(PLAIN) and len(list(tmp_path.glob("run-*.json"))) == times
 
 
-def test_out_of_time(bench_run, clock, capsys):
-    assert bench_run("--minutes", "0.0001") == 0
+@pytest.mark.parametrize("minutes", ["0.0001", "0"])
+def test_out_of_time(minutes, bench_run, clock, capsys):
+    assert bench_run("--minutes", minutes) == 0
     assert not clock
     assert f"out of time, {6 * len(PLAIN)} of {6 * len(PLAIN)} cells are left" in capsys.readouterr().out
 
@@ -365,6 +366,12 @@ def test_plot(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plot.main([str(tmp_path / "sweep-none.json")])
     assert "FILE must be one of run-*.json, " in capsys.readouterr().err
+    cut = tmp_path / "run-cut.json"
+    for content, words in ((None, "No such file"), ('{"rows": [', "Expecting value")):
+        cut.write_text(content) if content else None
+        with pytest.raises(SystemExit):
+            plot.main([str(cut)])
+        assert f"{cut}: " in (said := capsys.readouterr().err) and words in said
 
 
 @pytest.mark.parametrize("problems", [LARGE, LARGE[:1], []], ids=["all", "one row", "nothing"])

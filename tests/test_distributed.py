@@ -359,3 +359,12 @@ def test_torchrun(tmp_path):
     done = subprocess.run([*command, *sizes], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "ddp on 1 devices" in done.stdout and "the same." in done.stdout
+
+
+def test_without_torchrun(monkeypatch, capsys):
+    from bench.train import distributed as training
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        training.main(["--parallel", "tp"])
+    assert "started by torchrun" in capsys.readouterr().err

@@ -28,7 +28,7 @@ MINUTES = 50
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, help=f"the budget (default: {MINUTES})")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="the budget (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: out/record)")
     parser.add_argument("--resume", action="store_true", help="go on with the record in DIR")
     parser.add_argument("--rehearse", action="store_true", help="measure stand-ins, without a GPU; everything is marked as a rehearsal")
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         if reason := recorder.resume():
             parser.error(f"--resume: {reason}")
     with small() if options.rehearse else nullcontext():  # problems, for whose sizes the pictures ask
-        recorder.run(options.minutes or MINUTES)
+        recorder.run(options.minutes)
     print(out / PAGE)
     return int(any(step["status"] == "failed" for step in recorder.record["steps"].values()))
 

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes that compile ahead; 0 for none")
     options = parser.parse_args(arguments)
     device = records.gpu()
-    deadline = time.monotonic() + 60 * (options.minutes or MINUTES[options.suite]) - RESERVE
+    deadline = time.monotonic() + 60 * (MINUTES[options.suite] if options.minutes is None else options.minutes) - RESERVE
 
     run, file = _run(options.suite)
     known = _done(run)

@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from bench import records
 from bench.train.job import SEED, Job, batches
 from bench.train.providers import CONTROL, control
 from bench.train.run import Run, agrees, judge, train
@@ -164,10 +165,12 @@ def parse(argv: list[str] | None) -> Job:
     parser = argparse.ArgumentParser("bench.distributed_train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parallel", choices=PARALLEL, default=JOB.parallel)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations; bfloat16 with fsdp")
-    parser.add_argument("--tp", type=int, help="devices that share a matrix (tp: all, fsdp+tp: 2, if not given)")
+    parser.add_argument("--tp", type=records.positive, help="devices that share a matrix (tp: all, fsdp+tp: 2, if not given)")
     for name, default in (JOB.sizes | {name: getattr(JOB, name) for name in ("seq_len", "batch", "steps")}).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="%(default)s if not given")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=records.positive, default=default, help="%(default)s if not given")
     arguments = vars(parser.parse_args(argv))
+    if "RANK" not in os.environ:
+        parser.error("it is started by torchrun: torchrun --nproc-per-node 2 -m bench.distributed_train")
     if arguments["tp"] is None:
         arguments["tp"] = {"tp": int(os.environ["WORLD_SIZE"]), "fsdp+tp": 2}.get(arguments["parallel"], 1)
     arguments["sizes"] = {name: arguments.pop(name) for name in JOB.sizes}
