@@ -58,6 +58,13 @@ def test_host(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_the_stub_needs():
+    """Here Triton interprets; the other thing that may be missing is a C compiler."""
+    with pytest.raises(SystemExit, match=r"takes a C compiler \(cc\)"):
+        host.main([])
+
+
 def launches_on_the_stub() -> list[tuple[int, int]]:
     """Launches forward and backward of rows, of the same again, and of rows that are aligned to fewer bytes."""
     from bench.speed.stub_driver import stubbed  # takes Triton's backend for NVIDIA, and compiles

@@ -270,8 +270,8 @@ def test_what_fits():
     [([], False), (["--recompute"], False), (["--preset", "1b"], True), (["--preset", "1b", "--no-compare"], False), (["--compare"], True)],
     ids=["tiny", "recompute", "1b", "no-compare", "compare"],
 )
-def test_when_all_are_compared(arguments, compares):
-    assert command.parse(arguments).compare == compares
+def test_when_all_are_compared(arguments, compares, tmp_path):
+    assert command.parse([*arguments, "--out", str(tmp_path)]).compare == compares
 
 
 @pytest.mark.parametrize(
@@ -285,11 +285,12 @@ def test_when_all_are_compared(arguments, compares):
         ["--compare", "--model", "llama"],
         ["--model", "lama"],
         ["--seq-len", "999999"],
+        ["--out", "/dev/null/folder"],
     ],
     ids=lambda arguments: "=".join(arguments[-2:]),
 )
 def test_bad_arguments(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        command.main([*arguments, "--out", str(tmp_path)])
+        command.main(["--out", str(tmp_path), *arguments])
     assert exit.value.code == 2
     assert arguments[-2] in capsys.readouterr().err

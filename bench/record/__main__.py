@@ -44,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.rehearse:
         records.gpu()
     out = options.out or Path("out/rehearsal" if options.rehearse else "out/record")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     recorder = Recorder(out, records.metadata() | (METADATA if options.rehearse else {}), options.rehearse)
     if (out / RECORD).exists():
         if not options.resume:

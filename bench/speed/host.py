@@ -10,6 +10,7 @@ nothing is the lower bound.
 
 import argparse
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ import triton_rmsnorm
 from bench import records, style
 from bench.problem import EPS, Data, Problem, draw
 from bench.providers import PROVIDERS, absent
+from triton_rmsnorm.runtime import launch
 
 ON_GPU, ON_CPU = Problem(64, 4096), Problem(4, 64)
 WINDOW = 200e-6  # seconds of calls between two looks at the clock: short, so that most windows pass undisturbed
@@ -139,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     problem, driver, times = ON_GPU if gpu else ON_CPU, nullcontext(), {}
     if not gpu:
+        if launch.INTERPRETED or not shutil.which("cc"):
+            raise SystemExit("Without a GPU this takes a C compiler (cc), and a Triton that does not interpret (no TRITON_INTERPRET=1).")
         from bench.speed.stub_driver import stubbed  # it takes Triton's backend for NVIDIA, which not every Triton has
 
         torch.set_num_threads(1)  # for the norms that compute: nothing is shared out here

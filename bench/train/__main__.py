@@ -64,6 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.out = records.RESULTS if args.compare and device.type == "cuda" else Path("out/train")
     if not 2 <= args.job.seq_len <= len(read_text()):
         parser.error(f"--seq-len must be from 2 to {len(read_text())}, the bytes of the text, got {args.job.seq_len}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)  # now, and not when there are results
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return args
 
 
