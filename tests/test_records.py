@@ -1,6 +1,9 @@
 """Files of results: names, contents, and which one is the newest."""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,25 @@ def test_metadata():
     assert about.keys() >= {"gpu", "driver", "cpu", "python", "torch", "triton", "commit", "changed", "date"}
     assert about["triton_rmsnorm"] == triton_rmsnorm.__version__  # also from a checkout that is not installed
     assert records.undated(about) == {key: value for key, value in about.items() if key != "date"}
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="it is git that knows")
+def test_code_that_is_changed_again_is_other_code(monkeypatch, tmp_path):
+    """So a run does not go on with what an earlier state of it measured; results are no code."""
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    code, result = tmp_path / "triton_rmsnorm" / "kernels.py", tmp_path / "bench" / "results" / "run.json"
+
+    def written(file: Path, text: str) -> str:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return records.metadata()["changed"]
+
+    written(code, "0"), written(result, "0")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a", "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert written(result, "1") == ""
+    once, twice = (written(code, text) for text in "12")
+    assert once and twice and once != twice and written(result, "2") == twice and written(code, "0") == ""
 
 
 def test_packages_that_are_not_installed_have_no_version(monkeypatch):
