@@ -94,12 +94,12 @@ def _registers(axes, found: Found, target: str) -> None:
     columns = [n for n in GRID if any(n in row for row in rows.values())]
     registers, spilled = (_image(rows, columns, lambda figures, name=name: max(figures[name])) for name in ("registers", "spilled"))
     texts = np.array(
-        [[f"+{s:.0f}" if s > 0 else f"{r:.0f}" for r, s in zip(*pair, strict=True)] for pair in zip(registers, spilled, strict=True)]
+        [[f"{s:.0f}" if s > 0 else f"{r:.0f}" for r, s in zip(*pair, strict=True)] for pair in zip(registers, spilled, strict=True)]
     )
     spills = "spills are orange: bytes per thread" if (spilled > 0).any() else "nothing is spilled"
     _heat_map(axes, registers, _MOST_REGISTERS, texts, list(rows), f"{target}: registers per thread; {spills}")
     for y, x in np.argwhere(spilled > 0):
-        axes.texts[y * len(columns) + x].set_bbox({"color": style.VERMILLION, "pad": 1.5})
+        axes.texts[y * len(columns) + x].set_bbox({"color": style.VERMILLION, "pad": 1})
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     axes.set_xlabel("N (columns per row)")
 
