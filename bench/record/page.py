@@ -92,14 +92,14 @@ def _bars(record: dict[str, Any]):
     ratios.barh(
         places, [value - 1 for value in speedups], left=1, color=[style.VERMILLION if value < 1 else style.BLUE for value in speedups]
     )
-    ratios.set(xlabel="time of the best peer / ours (left of 1: a loss)", xlim=(0, 1.08 * max(1, *speedups)))
+    ratios.set(xlabel="time of the best peer / ours (left of 1: a loss)", xlim=(0, 1.08 * max(1, *speedups)), ylim=(-1, len(compared)))
     ratios.set_yticks(places, [f"{one.problem}: {one.best_peer}" for one in compared], fontsize=7)
     for at, value in zip(places, speedups, strict=True):
         ratios.annotate(f"{value:.2f}", (max(value, 1), at), (3, 0), textcoords="offset points", va="center", fontsize=7)
     below = [one.of_ceiling is not None and one.of_ceiling < GOAL.get(one.problem.direction, 0) for one in compared]
     parts.barh(places, [100 * (one.of_ceiling or 0) for one in compared], color=[style.VERMILLION if low else style.BLUE for low in below])
     parts.axvline(100, color=style.BLACK, linewidth=0.8)
-    parts.set(xlabel="% of the bandwidth of a copy (vermillion: below the goal)")
+    parts.set(xlabel="% of the bandwidth of a copy\n(vermillion: below the goal)")
     ratios.invert_yaxis()
     for axes in (ratios, parts):
         axes.grid(axis="x", alpha=0.3)
