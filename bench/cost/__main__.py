@@ -40,14 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         counted = list(map(count, options.model))
     record = {"metadata": records.metadata(), "tokens": options.tokens, "dtype": options.dtype, "rows": [*chain(*counted)]}
+    print(report.markdown(record))
     if not any("costs" in row for row in record["rows"]):
-        print(report.markdown(record))
         return 1
     of_others = [] if options.model == [*MODELS] else options.model
     file = records.RESULTS / f"{'-'.join(['cost', options.dtype, str(options.tokens), *of_others])}.json"  # the same at each run
     records.write(file, record, lines="rows")
     report.picture(record).savefig(file.with_suffix(".png"), dpi=140)
-    print(report.markdown(record))
     print(f"\n{file}\n{file.with_suffix('.png')}")
     return 0
 
