@@ -126,6 +126,9 @@ def test_resume(tmp_path):
     again = Writing()
     other = recorder(tmp_path, again, gpu="NVIDIA A100")
     assert "gpu NVIDIA H100, not NVIDIA A100" in other.resume()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / RECORD).write_text("{")
+    assert "record.json is not JSON" in recorder(tmp_path / "cut", again).resume()
     same = recorder(tmp_path, again, date="2027-01-02T00:00:00+00:00")
     assert same.resume() == ""
     same.run(1, THREE)

@@ -66,7 +66,10 @@ class Recorder:
 
     def resume(self) -> str:
         """Takes over what the folder holds; says why that cannot be, or nothing."""
-        before = json.loads((self.out / RECORD).read_text())
+        try:
+            before = json.loads((self.out / RECORD).read_text())
+        except ValueError as error:
+            return f"{self.out / RECORD} is not JSON: {error}"
         for key in SAME:
             then, now = before["metadata"].get(key), self.record["metadata"].get(key)
             if then != now:

@@ -141,7 +141,11 @@ def _run(suite: str) -> tuple[dict, Path]:
     """The newest run of the suite that is like one that would start now, or a new one, and its file."""
     run = {"suite": suite, "metadata": records.metadata(), "absent": absent(), "rows": []}
     for file in sorted(records.RESULTS.glob(f"run-{suite}-*.json"), reverse=True):
-        old = json.loads(file.read_text())
+        try:
+            old = json.loads(file.read_text())
+        except ValueError as error:
+            print(f"{file} is left alone, because it is not JSON: {error}")
+            continue
         if all(records.undated(old[key]) == records.undated(run[key]) for key in ("metadata", "absent")):
             if len(_done(old)) == len(cells(suite, old["absent"])):
                 break
