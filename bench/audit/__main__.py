@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.freeze and (options.target or options.variant or options.n):
         parser.error("--freeze takes no part but --quick")
-    console = Console(width=None if sys.stdout.isatty() else 260)
+    console = Console(width=260)  # also in a narrow terminal, which wraps lines: fitted into it, figures would be cut
     if options.peers:
         for target in options.target or ("sm_90",):
             console.print(peers.table(target, peers.compare_all(target, options.jobs)))
