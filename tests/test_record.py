@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,18 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "GRACE", 0)
     rehearsal = Recorder(tmp_path, ABOUT, rehearse=True)
     assert rehearsal.perform(STEPS["ceiling"], tmp_path, 0.0) == Outcome("out of time", "it was ended")
+
+
+@without_gpu
+@pytest.mark.slow
+def test_a_record_that_is_terminated_ends_its_step(tmp_path):
+    """And leaves nothing but what it has."""
+    command = [sys.executable, "-m", "bench.record", "--rehearse", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=records.ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert "[1/" in next(process.stdout)
+        process.terminate()
+    assert process.returncode == 143 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @without_gpu

@@ -14,6 +14,8 @@ Exit status: 0; 1 if a step failed; 2 for wrong arguments; 69 without a GPU.
 """
 
 import argparse
+import signal
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -61,4 +63,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step, which is in a session of its own, is ended, too
     raise SystemExit(main())
