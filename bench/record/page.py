@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib  # noqa: F401 -- whose absence is to show before anything is measured, and not at the first picture
+
 from bench import records, style
 from bench.record.steps import STEPS
 from bench.speed import host, report

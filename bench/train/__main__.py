@@ -94,11 +94,11 @@ def main(argv: list[str] | None = None) -> int:
         runs[name] = attempt(name, job, runs)
         result = report.figures(about, job, runs)
         records.write(json, result, lines="runs")
-    report.picture(result).savefig(picture, dpi=150)
     print(f"\n{report.table(result)}")
     if result["advice"]:
         print(result["advice"])
     good = judge(runs)
+    report.picture(result).savefig(picture, dpi=150)
     print(f"Picture and figures: {picture}, {json}")
     return 0 if good else 1
 
