@@ -118,7 +118,7 @@ def test_a_run_that_ended_early_goes_on(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "in_processes", in_processes)
-    progress = tmp_path / "progress"
+    progress = tmp_path / "folder" / "progress"
     with pytest.raises(KeyboardInterrupt):
         run_module.run(["bert", "llama", "t5"], 1, METADATA, progress)
     results = run_module.run(["bert", "llama", "t5"], 1, METADATA | {"date": "later"}, progress)

@@ -41,6 +41,7 @@ def run(types: list[str], workers: int, metadata: dict, progress: Path) -> list[
     before, *lines = (progress.read_text() if progress.exists() else "").splitlines(keepends=True) or [""]
     results = [json.loads(line) for line in lines if line.endswith("\n")] if before == head else []
     results = [one for one in results if _task(one) in tasks]
+    progress.parent.mkdir(parents=True, exist_ok=True)
     done = {_task(one) for one in results}
     with (
         progress.open("w") as file,
