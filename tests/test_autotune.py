@@ -214,6 +214,16 @@ def test_other_bits_are_refused(key, output, clock, few, monkeypatch):
     assert autotune.search(key, SM_90, full=True).config == other
 
 
+def test_what_fills_the_l2_has_its_size_for_every_default_dtype(device):
+    """Programs set it to half precision while they build a model."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert autotune._Trial(KEYS[0], SM_90, device, full=False).flush.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_a_difference_within_the_noise_is_not_a_gain(clock, few, monkeypatch):
     monkeypatch.setattr(autotune, "time_interleaved", lambda calls, *_: [[100.0], [99.5]][: len(calls)])
     key = Key("forward", 256, 2, 2)
@@ -334,6 +344,18 @@ def test_what_stops_a_search_does_not_stop_the_call(failure, clock, few, monkeyp
         launch.forget()
         call().sum().backward()
     assert choice("forward") == analytic(Key("forward", 256, 4, 4), SM_90)
+
+
+def test_an_interrupt_while_configurations_are_compiled(monkeypatch, device):
+    """It leaves no mode of Triton's active, in which nothing could be compiled any more."""
+    modes = importlib.import_module("triton.runtime._async_compile")
+    trial = autotune._Trial(Key("forward", 256, 2, 2), SM_90, device, full=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "INTERPRETED", False)
+        patch.setattr(modes, "as_completed", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trial.times([])
+    assert modes.active_mode.get() is None
 
 
 def test_one_bad_configuration_does_not_end_a_search(clock, monkeypatch):

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -220,7 +221,7 @@ class _Trial:
 
         memory = MEMORY * (4 if full else 1)
         l2 = torch.cuda.get_device_properties(place).L2_cache_size if place.type == "cuda" else 0
-        self.flush = torch.ones(min(l2 + l2 // 4, memory // 3) // 4, device=place)
+        self.flush = torch.ones(min(l2 + l2 // 4, memory // 3) // 4, dtype=torch.float32, device=place)
         row_tensors = key.loads + 2 * key.stores  # with a copy of the results of the analytic choice
         left = memory - self.flush.nbytes - memory // 4  # a quarter is for partial dw and for comparisons
         rows = max(1, left // (row_tensors * key.n * key.itemsize))
@@ -258,7 +259,7 @@ class _Trial:
     def times(self, configs: Iterable[Config]) -> dict[Config, float]:
         """µs of each configuration that fits the GPU and computes what the first one, the analytic choice, computes."""
         launches = {config: self._launches(config) for config in configs}
-        self._compile(launches.values())
+        copy_context().run(self._compile, launches.values())  # Triton 3.7 stays in its mode where it is interrupted
         calls = {config: _caller(steps) for config, steps in launches.items() if self._is_right(steps)}
         times = time_interleaved(list(calls.values()), ROUNDS, self.flush)
         return {config: median(us) for config, us in zip(calls, times, strict=True)}
