@@ -43,10 +43,11 @@ PROBLEMS = {
         Problem(shape, dtype, dtype, dtype) for dtype in (BF16, F32, F64) for shape in ((199, 1), (19, 127), (45, 768), (3, LONG), (0, 8))
     ],
     "residual_dtypes": [
-        Problem((19, 256), dtype, weight, residual)
+        Problem((9, n), dtype, weight, residual)
+        for n in (256, LONG)
         for dtype, residual, weight in (
-            *((BF16, F32, BF16), (BF16, F32, F32), (F32, BF16, F32)),
-            *((F16, BF16, F32), (F32, F64, F32), (BF16, F32, None)),
+            *((BF16, F32, BF16), (BF16, F32, F32), (F32, BF16, F32), (F64, F32, F32)),
+            *((F16, BF16, F32), (F32, F64, F32), (BF16, F32, None), (F64, F32, None)),
         )
     ],
     "gate": [

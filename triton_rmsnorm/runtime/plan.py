@@ -161,7 +161,7 @@ def _backward_plan(spec: Spec, needs: Needs, device: torch.device, x_dtype: torc
     if not prod(x.shape) or not any(needs):
         return _BackwardPlan(None, _new(device, *gradients, None, None))
     launches = backward_launches(spec, device_of(device), needs, dy, dresidual_out, x, weight, gate)
-    acc = accumulation_dtype(x, gate, weight)
+    acc = accumulation_dtype(dy, x, gate, weight)
     c1 = contiguous(spec.rstd_shape(x.shape), acc) if launches.c1 else None
     dw_partial = contiguous((launches.main.grid[0], prod(spec.normalized_shape)), acc) if needs.dweight else None
     return _BackwardPlan(launches, _new(device, *gradients, c1, dw_partial), weight.span if weight else 0)
