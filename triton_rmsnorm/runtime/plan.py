@@ -22,6 +22,8 @@ from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_plac
 
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
 MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers in the kernels, also those of the last tile, which may go beyond the rows
+MAX_COLUMNS = 2**31 - 2**20  # so are column numbers
+MAX_GROUPS = 2**16 - 1  # the extent of grid axis 1
 
 
 def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> OutputTuple:
@@ -266,6 +268,10 @@ def _values(
     rows = prod(shape[: len(shape) - len(spec.normalized_shape)])
     if rows > MAX_ROWS:
         raise RuntimeError(f"input must have at most {MAX_ROWS} rows, got {rows}")
+    if (columns := prod(spec.normalized_shape)) > MAX_COLUMNS:
+        raise RuntimeError(f"rows must have at most {MAX_COLUMNS} columns, got {columns}")
+    if spec.groups > MAX_GROUPS:
+        raise RuntimeError(f"rows must have at most {MAX_GROUPS} groups, got {spec.groups}")
     sizes, row_align, strides = row_strides(spec, list(present.values()))
     return {
         "M": rows,
