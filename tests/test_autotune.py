@@ -462,6 +462,8 @@ def with_entry(part: str, **changes):
 BAD_FILES = {
     "no JSON": lambda content: "{",
     "no table": lambda content: json.dumps([1, 2]),
+    "too deep": lambda content: "[" * 100_000,
+    "no float": lambda content: json.dumps(content | {"entries": [content["entries"][0] | {"us": 10**400}]}),
     "unknown field": with_entry("config", block=3),
     "not an integer": with_entry("config", block_m=1.0),
     "not valid": with_entry("config", num_warps=1024),
@@ -478,6 +480,15 @@ def test_what_cannot_be_read_is_ignored(spoil, tmp_path, recwarn):
     path.write_text(spoil(json.loads(path.read_text())))
     assert table.read(path, SM_90) == {}
     assert len(recwarn) == 1
+
+
+def test_devices_of_one_name_have_their_own_caches(clock, few):
+    key, smaller = KEYS[0], SM_90._replace(num_sms=66)
+    for _ in range(2):
+        autotune._found.clear()  # as in another process
+        for device in (SM_90, smaller):
+            autotune.tune(key, device)
+    assert len(clock) == 4  # two searches, which time twice
 
 
 def test_missing_files_are_silent(tmp_path, recwarn):

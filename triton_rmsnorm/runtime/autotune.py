@@ -98,7 +98,8 @@ def tune(key: Key, device: Device) -> Measured | None:
 def cache_file(device: Device, full: bool) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = f"{__version__}-triton-{triton.__version__}{'-full' if full else ''}"
-    return cache / "triton_rmsnorm" / folder / table.file_name(device)
+    # Devices of one name may differ in their SMs (RTX 3080, limits of MPS). Each would replace the table of the other.
+    return cache / "triton_rmsnorm" / folder / f"{device.num_sms}-sms-{table.file_name(device)}"
 
 
 def search(key: Key, device: Device, full: bool = True) -> Measured:
