@@ -358,6 +358,18 @@ def test_an_interrupt_while_configurations_are_compiled(monkeypatch, device):
     assert modes.active_mode.get() is None
 
 
+@pytest.mark.parametrize("failure", ["read-only cache", "read-only file"])
+def test_what_is_known_is_read_where_nothing_can_be_written(failure, clock, few, monkeypatch):
+    """In the image of a container, for example, that has the cache of the machine on which it was built."""
+    call()
+    clock.clear()
+    autotune._found.clear()  # as in another process
+    launch.forget()
+    FAILURES[failure](monkeypatch.setattr)
+    call()
+    assert not clock and choice("forward").store_policy == ".cs"
+
+
 def test_one_bad_configuration_does_not_end_a_search(clock, monkeypatch):
     monkeypatch.setattr(autotune, "variants", lambda c, *_: [replace(c, block_m=1 << 21), replace(c, store_policy=".cs")])
     assert autotune.search(Key("forward", 256, 4, 4), SM_90, full=False).config.store_policy == ".cs"

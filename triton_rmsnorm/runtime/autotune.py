@@ -172,6 +172,9 @@ def _changed(config: Config, changes: list[dict[str, Any]], key: Key, device: De
 def _look_up(key: Key, device: Device, full: bool) -> Measured:
     """From the cache file, or by a search that is added to it. Of several processes one searches, the others read what it found."""
     path = cache_file(device, full)
+    known = table.read(path, device)
+    if key in known:  # without the lock, so also where nothing can be written, or while another process searches for other keys
+        return known[key]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         _acquire(lock.fileno())
