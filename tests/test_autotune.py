@@ -214,6 +214,16 @@ def test_other_bits_are_refused(key, output, clock, few, monkeypatch):
     assert autotune.search(key, SM_90, full=True).config == other
 
 
+def test_what_fills_the_l2_has_its_size_for_every_default_dtype(device):
+    """Programs set it to half precision while they build a model."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert autotune._Trial(KEYS[0], SM_90, device, full=False).flush.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_a_difference_within_the_noise_is_not_a_gain(clock, few, monkeypatch):
     monkeypatch.setattr(autotune, "time_interleaved", lambda calls, *_: [[100.0], [99.5]][: len(calls)])
     key = Key("forward", 256, 2, 2)
@@ -336,6 +346,30 @@ def test_what_stops_a_search_does_not_stop_the_call(failure, clock, few, monkeyp
     assert choice("forward") == analytic(Key("forward", 256, 4, 4), SM_90)
 
 
+def test_an_interrupt_while_configurations_are_compiled(monkeypatch, device):
+    """It leaves no mode of Triton's active, in which nothing could be compiled any more."""
+    modes = importlib.import_module("triton.runtime._async_compile")
+    trial = autotune._Trial(Key("forward", 256, 2, 2), SM_90, device, full=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "INTERPRETED", False)
+        patch.setattr(modes, "as_completed", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trial.times([])
+    assert modes.active_mode.get() is None
+
+
+@pytest.mark.parametrize("failure", ["read-only cache", "read-only file"])
+def test_what_is_known_is_read_where_nothing_can_be_written(failure, clock, few, monkeypatch):
+    """In the image of a container, for example, that has the cache of the machine on which it was built."""
+    call()
+    clock.clear()
+    autotune._found.clear()  # as in another process
+    launch.forget()
+    FAILURES[failure](monkeypatch.setattr)
+    call()
+    assert not clock and choice("forward").store_policy == ".cs"
+
+
 def test_one_bad_configuration_does_not_end_a_search(clock, monkeypatch):
     monkeypatch.setattr(autotune, "variants", lambda c, *_: [replace(c, block_m=1 << 21), replace(c, store_policy=".cs")])
     assert autotune.search(Key("forward", 256, 4, 4), SM_90, full=False).config.store_policy == ".cs"
@@ -440,6 +474,8 @@ def with_entry(part: str, **changes):
 BAD_FILES = {
     "no JSON": lambda content: "{",
     "no table": lambda content: json.dumps([1, 2]),
+    "too deep": lambda content: "[" * 100_000,
+    "no float": lambda content: json.dumps(content | {"entries": [content["entries"][0] | {"us": 10**400}]}),
     "unknown field": with_entry("config", block=3),
     "not an integer": with_entry("config", block_m=1.0),
     "not valid": with_entry("config", num_warps=1024),
@@ -456,6 +492,15 @@ def test_what_cannot_be_read_is_ignored(spoil, tmp_path, recwarn):
     path.write_text(spoil(json.loads(path.read_text())))
     assert table.read(path, SM_90) == {}
     assert len(recwarn) == 1
+
+
+def test_devices_of_one_name_have_their_own_caches(clock, few):
+    key, smaller = KEYS[0], SM_90._replace(num_sms=66)
+    for _ in range(2):
+        autotune._found.clear()  # as in another process
+        for device in (SM_90, smaller):
+            autotune.tune(key, device)
+    assert len(clock) == 4  # two searches, which time twice
 
 
 def test_missing_files_are_silent(tmp_path, recwarn):

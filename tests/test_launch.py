@@ -72,10 +72,18 @@ def test_number_of_rows_compiles_nothing_anew(n, stand_in):
     assert compiled(1) == compiled(8192) == compiled(2**24)
 
 
-def test_too_many_rows():
-    """Their numbers are 32-bit integers in the kernels."""
-    with pytest.raises(RuntimeError, match="input must have at most 2147418112 rows, got 2147483648"):
-        plan.forward_launch(Spec((1,), 1e-6), config.SM_90, Layout((2**31, 1), (1, 1), torch.float32), None)
+@pytest.mark.parametrize(
+    ("shape", "group_size", "message"),
+    [
+        ((2**31, 1), None, "input must have at most 2147418112 rows, got 2147483648"),
+        ((1, 2**31), None, "rows must have at most 2146435072 columns, got 2147483648"),
+        ((1, 2**20), 8, "rows must have at most 65535 groups, got 131072"),
+    ],
+)
+def test_too_many(shape, group_size, message):
+    """The numbers of rows and columns are 32-bit integers in the kernels, and groups are an axis of the grid."""
+    with pytest.raises(RuntimeError, match=message):
+        plan.forward_launch(Spec(shape[1:], 1e-6, group_size), config.SM_90, Layout(shape, (shape[1], 1), torch.float32), None)
 
 
 def test_a_gradient_wider_than_x_counts():

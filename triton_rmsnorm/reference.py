@@ -175,7 +175,7 @@ def backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype | None = No
         x_dtype: dtype of dx; None: that of given.x. They differ where given.x is x + residual in the dtype of the residual.
     """
     dy, dresidual_out, x, weight, gate, rstd = given
-    acc = accumulation_dtype(x, gate)
+    acc = accumulation_dtype(dy, x, gate)
     x_acc, dproduct = x.to(acc), dy.to(acc)  # dproduct: the gradient of w · x_hat
     rstd = rstd.to(acc).reshape(*x.shape[: -len(spec.normalized_shape)], spec.groups, 1)
     u, dgate = x_acc, None

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -97,7 +98,8 @@ def tune(key: Key, device: Device) -> Measured | None:
 def cache_file(device: Device, full: bool) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = f"{__version__}-triton-{triton.__version__}{'-full' if full else ''}"
-    return cache / "triton_rmsnorm" / folder / table.file_name(device)
+    # Devices of one name may differ in their SMs (RTX 3080, limits of MPS). Each would replace the table of the other.
+    return cache / "triton_rmsnorm" / folder / f"{device.num_sms}-sms-{table.file_name(device)}"
 
 
 def search(key: Key, device: Device, full: bool = True) -> Measured:
@@ -170,6 +172,9 @@ def _changed(config: Config, changes: list[dict[str, Any]], key: Key, device: De
 def _look_up(key: Key, device: Device, full: bool) -> Measured:
     """From the cache file, or by a search that is added to it. Of several processes one searches, the others read what it found."""
     path = cache_file(device, full)
+    known = table.read(path, device)
+    if key in known:  # without the lock, so also where nothing can be written, or while another process searches for other keys
+        return known[key]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         _acquire(lock.fileno())
@@ -220,7 +225,7 @@ class _Trial:
 
         memory = MEMORY * (4 if full else 1)
         l2 = torch.cuda.get_device_properties(place).L2_cache_size if place.type == "cuda" else 0
-        self.flush = torch.ones(min(l2 + l2 // 4, memory // 3) // 4, device=place)
+        self.flush = torch.ones(min(l2 + l2 // 4, memory // 3) // 4, dtype=torch.float32, device=place)
         row_tensors = key.loads + 2 * key.stores  # with a copy of the results of the analytic choice
         left = memory - self.flush.nbytes - memory // 4  # a quarter is for partial dw and for comparisons
         rows = max(1, left // (row_tensors * key.n * key.itemsize))
@@ -258,7 +263,7 @@ class _Trial:
     def times(self, configs: Iterable[Config]) -> dict[Config, float]:
         """µs of each configuration that fits the GPU and computes what the first one, the analytic choice, computes."""
         launches = {config: self._launches(config) for config in configs}
-        self._compile(launches.values())
+        copy_context().run(self._compile, launches.values())  # Triton 3.7 stays in its mode where it is interrupted
         calls = {config: _caller(steps) for config, steps in launches.items() if self._is_right(steps)}
         times = time_interleaved(list(calls.values()), ROUNDS, self.flush)
         return {config: median(us) for config, us in zip(calls, times, strict=True)}

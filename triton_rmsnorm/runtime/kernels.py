@@ -157,8 +157,10 @@ def _activate(z, ARITHMETIC: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         return z * cdf, cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     elif ARITHMETIC.activation == "gelu_tanh":
-        s = _sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return z * s, s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        t = 1.5957691216057308 * (z + 0.044715 * z * z * z)
+        s = _sigmoid(t)
+        rest = tl.where(t > 0.0, s * tl.exp(-t), 1.0 - s)  # 1 - s, of which a subtraction would leave few digits where s is nearly 1
+        return z * s, s + z * s * rest * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     else:
         tl.static_assert(ARITHMETIC.activation == "relu")
         return tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0).to(z.dtype)  # comparisons that let NaN pass, as torch's

@@ -22,6 +22,8 @@ from triton_rmsnorm.runtime.layout import Layout, LayoutKey, contiguous, in_plac
 
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64, None: None}
 MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit integers in the kernels, also those of the last tile, which may go beyond the rows
+MAX_COLUMNS = 2**31 - 2**20  # so are column numbers
+MAX_GROUPS = 2**16 - 1  # the extent of grid axis 1
 
 
 def forward(inputs: InputTuple, spec: Spec, needs_rstd: bool = True) -> OutputTuple:
@@ -161,7 +163,7 @@ def _backward_plan(spec: Spec, needs: Needs, device: torch.device, x_dtype: torc
     if not prod(x.shape) or not any(needs):
         return _BackwardPlan(None, _new(device, *gradients, None, None))
     launches = backward_launches(spec, device_of(device), needs, dy, dresidual_out, x, weight, gate)
-    acc = accumulation_dtype(x, gate, weight)
+    acc = accumulation_dtype(dy, x, gate, weight)
     c1 = contiguous(spec.rstd_shape(x.shape), acc) if launches.c1 else None
     dw_partial = contiguous((launches.main.grid[0], prod(spec.normalized_shape)), acc) if needs.dweight else None
     return _BackwardPlan(launches, _new(device, *gradients, c1, dw_partial), weight.span if weight else 0)
@@ -266,6 +268,10 @@ def _values(
     rows = prod(shape[: len(shape) - len(spec.normalized_shape)])
     if rows > MAX_ROWS:
         raise RuntimeError(f"input must have at most {MAX_ROWS} rows, got {rows}")
+    if (columns := prod(spec.normalized_shape)) > MAX_COLUMNS:
+        raise RuntimeError(f"rows must have at most {MAX_COLUMNS} columns, got {columns}")
+    if spec.groups > MAX_GROUPS:
+        raise RuntimeError(f"rows must have at most {MAX_GROUPS} groups, got {spec.groups}")
     sizes, row_align, strides = row_strides(spec, list(present.values()))
     return {
         "M": rows,

@@ -63,7 +63,7 @@ def read(path: Path, device: Device) -> Table:
         entries = list(content["entries"])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a file may hold anything: numbers too large for a float, lists too deep for the parser
         warnings.warn(f"{path} is ignored, because it is not a table of configurations: {error!r}", stacklevel=2)
         return {}
     for entry in entries:
@@ -72,7 +72,7 @@ def read(path: Path, device: Device) -> Table:
             if not is_valid(measured.config, key, device):
                 raise ValueError(f"{measured.config} is not valid on {device.name}")
             table[key] = measured
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:
             bad.append(f"{entry!r}: {error!r}")
     if bad:
         warnings.warn(f"{len(bad)} of {len(entries)} entries of {path} are ignored, the first because of {bad[0]}", stacklevel=2)

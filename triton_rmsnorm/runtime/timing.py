@@ -13,7 +13,7 @@ FLUSH_BYTES = 256 << 20  # read before each timed call, so that the L2 holds oth
 
 def time_cold(call: Callable[[], object], seconds: float, before: Callable[[], object] = lambda: None) -> list[float]:
     """µs that the GPU took for each of at least 5 calls, for as many as `seconds` allow, each with `before` done and the L2 cold."""
-    flush = torch.ones(FLUSH_BYTES // 4, device="cuda")
+    flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
     times: list[float] = []
     stop = time.perf_counter() + seconds
     while not times or (time.perf_counter() < stop and len(times) < 1000):
