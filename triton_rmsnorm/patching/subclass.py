@@ -46,7 +46,6 @@ def derived(
     derive: Callable,
     members: dict[str, Any],
     holds: Callable[[nn.Module], bool] = lambda module: True,
-    finish: Callable[[type], None] = lambda cls: None,
 ) -> type[nn.Module]:
     """The subclass of `original` for a proof. There is one for each pair, until the original's forward is replaced.
 
@@ -57,7 +56,6 @@ def derived(
         forward: gives its forward for its mark.
         derive, holds: as in Mark.
         members: other attributes of the class.
-        finish: called with the class before it is used; may raise.
 
     Raises:
         LeftAloneError: the class of the original does not allow this.
@@ -71,7 +69,6 @@ def derived(
         pickled = {"__reduce_ex__": _reduce_ex, "__setstate__": _setstate, "__module__": derive.__module__}
         members = {"forward": forward(mark), "__doc__": original.__doc__, **pickled, **members}
         mark.cls = cls = _subclass(original, name, members)
-        finish(cls)
         type.__setattr__(cls, "_triton_rmsnorm", mark)  # by which it is found
         return cls
 
