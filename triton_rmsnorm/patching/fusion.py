@@ -94,7 +94,7 @@ def _forward(mark: Mark) -> Callable:
         raise LeftAloneError(f"in {name}.forward no sum goes straight into {', '.join(sorted(missing))}")
 
     def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
-        function = rewritten if mark.original.forward is mark.forward else mark.original.forward
+        function = rewritten if mark.is_current() else mark.original.forward
         return function(self, *args, **named)
 
     rewritten = source.rewritten(mark.proof.norms, forward)

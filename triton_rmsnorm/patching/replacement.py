@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.patching.reads import INTERNAL, Path, Reads, at, bases_of, is_plain, reads, same
 from triton_rmsnorm.patching.semantics import Norm
-from triton_rmsnorm.patching.subclass import Mark, assign, derived, mark_of, own_mark, proof_of
+from triton_rmsnorm.patching.subclass import Mark, assign, code_of, derived, mark_of, own_mark, proof_of
 
 PROVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,7 +93,7 @@ def _forward(mark: Mark, cls: type[nn.Module] | None = None) -> Callable:
     """
     original, norm = mark.original, mark.proof
     found = ((holder, path, _function_at(holder, path)) for holder, path in _places(original, norm.reads))
-    mark.functions = tuple((*place, dict(value.items()) if isinstance(value, dict) else value) for *place, value in found)
+    mark.functions = tuple((*place, dict(one.items()) if isinstance(one, dict) else one, code_of(one)) for *place, one in found)
     first, *rest = list(inspect.signature(mark.forward).parameters)[1:]
     gated = norm.semantics.activation is not None
 
@@ -121,11 +121,11 @@ def _in_force(mark: Mark, module: nn.Module, cls: type[nn.Module] | None) -> boo
     """Whether the module still has the class, and nothing has changed that can be noticed at a call; the rest: `_watching`."""
     if type(module) is not cls and cls not in type(module).__mro__:  # something has kept our forward beyond unpatch
         return False
-    if mark.original.forward is not mark.forward or (module._modules and _calls_watched(module)):
+    if not mark.is_current() or (module._modules and _calls_watched(module)):
         return False
-    for holder, path, function in mark.functions:
+    for holder, path, function, code in mark.functions:
         found = _function_at(holder, path)
-        if found is not function and (type(function) is not dict or found != function):
+        if code_of(found) is not code or (found is not function and (type(function) is not dict or found != function)):
             return False
     return not mark.proof.reads.values or mark.proof.reads.hold(module)
 

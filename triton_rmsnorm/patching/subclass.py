@@ -32,10 +32,20 @@ class Mark:
 
     def __init__(self, original: type[nn.Module], proof: Any, derive: Callable, holds: Callable[[nn.Module], bool]):
         self.original, self.proof, self.derive, self.holds = original, proof, derive, holds
-        self.forward = original.forward
-        self.functions: tuple[tuple[Any, tuple, Any], ...] = ()  # others that the forward calls: the holder, the path and the function
+        self.forward, self.code = original.forward, code_of(original.forward)
+        self.functions: tuple[tuple[Any, tuple, Any, Any], ...] = ()  # that it calls: holder, path, function and code
         self.cls: type[nn.Module] | None = None  # the class
         self.instances: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+    def is_current(self) -> bool:
+        """Whether the original's forward is what it was when the class was made."""
+        forward = self.original.forward
+        return forward is self.forward and code_of(forward) is self.code
+
+
+def code_of(function: Any) -> Any:
+    """The code of a Python function, which may be replaced in it, as by autoreload of IPython."""
+    return getattr(function, "__code__", None)
 
 
 def derived(
@@ -63,7 +73,7 @@ def derived(
     with LOCK:
         for subclass in type.__subclasses__(original):
             mark = mark_of(subclass)
-            if mark is not None and mark.proof == proof and mark.forward is original.forward:
+            if mark is not None and mark.proof == proof and mark.is_current():
                 return subclass
         mark = Mark(original, proof, derive, holds)
         pickled = {"__reduce_ex__": _reduce_ex, "__setstate__": _setstate, "__module__": derive.__module__}
