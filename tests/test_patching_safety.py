@@ -547,11 +547,12 @@ def test_copies_outlive_the_context():
     assert type(copied) is Norm
 
 
-def test_something_holds_our_forward(launches):
+@pytest.mark.parametrize("cls", [Norm, Layer])
+def test_something_holds_our_forward(cls, launches):
     """As a hook of accelerate does: it runs the original after unpatch."""
-    norm = Norm()
-    patch(norm)
-    held = norm.forward
-    unpatch(norm)
-    assert torch.equal(held(X), norm(X))
+    module = cls()
+    patch(module, fuse_residual=True)
+    held = module.forward
+    unpatch(module)
+    assert torch.equal(held(X), module(X))
     assert not launches
