@@ -301,6 +301,13 @@ def test_while_it_is_patched(make, change, device, launches):
     assert len(launches) == 1
 
 
+def test_a_recomputing_norm_changes(device):
+    norm, x = Switched().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm, recompute=True)
+    norm.on = False
+    assert torch.equal(norm(x), x) and type(norm) is Switched
+
+
 @pytest.mark.parametrize(("make", "change"), CHANGES.values(), ids=CHANGES)
 def test_between_two_patches(make, change, device):
     """A second norm, patched after the change, is recognized anew; so is the first after unpatch."""
@@ -546,12 +553,13 @@ COPIED = [
 ]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("norm", COPIED, ids=lambda norm: type(norm).__name__)
-def test_copies(norm, device):
+def test_copies(norm, recompute, device):
     """Also of fused layers, and of classes with ways of their own to be copied and pickled."""
     norm = copy.deepcopy(norm).to(device)
     original = type(norm)
-    patch(norm, fuse_residual=True)
+    patch(norm, fuse_residual=True, recompute=recompute)
     x = torch.randn(3, COLUMNS, device=device)
     pickled = [pickle.loads(pickle.dumps(norm, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     for one in (copy.deepcopy(norm), *pickled, copy.copy(norm)):

@@ -76,8 +76,8 @@ def derived(
             if mark is not None and mark.proof == proof and mark.is_current():
                 return subclass
         mark = Mark(original, proof, derive, holds)
-        pickled = {"__reduce_ex__": _reduce_ex, "__setstate__": _setstate, "__module__": derive.__module__}
-        members = {"forward": forward(mark), "__doc__": original.__doc__, **pickled, **members}
+        module = {"__module__": derive.__module__}
+        members = {"forward": forward(mark), "__doc__": original.__doc__, **_copying(mark), **module, **members}
         mark.cls = cls = _subclass(original, name, members)
         type.__setattr__(cls, "_triton_rmsnorm", mark)  # by which it is found
         return cls
@@ -130,28 +130,52 @@ def own_mark(module: nn.Module) -> Mark | None:
     return next((mark for cls in type(module).__mro__ if (mark := mark_of(cls)) is not None), None)
 
 
-def _reduce_ex(self: nn.Module, protocol: int) -> Any:
-    """What the original would be pickled and copied as, and what makes our class of it."""
-    mark = own_mark(self)
-    if mark is None:  # another thread has given it its own class again
-        return self.__reduce_ex__(protocol)
-    cls: Any = mark.cls
-    reduced = super(cls, self).__reduce_ex__(max(protocol, 2))
-    if type(self) is not cls or isinstance(reduced, str):
-        return reduced
-    function, args, *rest = reduced
-    function = mark.original if function is cls else function
-    args = tuple(mark.original if arg is cls else arg for arg in args)
-    complete = not rest or rest[0] is None  # there is no state that follows
-    return _restored, (function, args, mark.derive, mark.original, mark.proof, complete), *rest
+def marks_of(cls: type) -> list[Mark]:
+    """Of a class that we made, perhaps of another one that we made, and so on: those of all, the first one made of the original."""
+    mark = mark_of(cls)
+    return [] if mark is None else [*marks_of(mark.original), mark]
 
 
-def _restored(function: Callable, args: tuple, derive: Callable, original: type[nn.Module], proof: Hashable, complete: bool) -> nn.Module:
+def _copying(mark: Mark) -> dict[str, Callable]:
+    """How modules of the class of this mark are copied and pickled."""
+
+    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+        """What the original would be pickled and copied as, and what makes our class of it."""
+        cls: Any = mark.cls
+        if not isinstance(self, cls):  # another thread has given it its own class again
+            return self.__reduce_ex__(protocol)
+        reduced = super(cls, self).__reduce_ex__(max(protocol, 2))
+        if type(self) is not cls or isinstance(reduced, str):
+            return reduced
+        marks = marks_of(cls)
+        original, steps = marks[0].original, [(one.derive, one.proof) for one in marks]
+        function, args, *rest = reduced
+        function = original if function is cls else function
+        args = tuple(original if arg is cls else arg for arg in args)
+        complete = not rest or rest[0] is None  # there is no state that follows
+        return _restored, (function, args, original, steps, complete), *rest
+
+    def setstate(self: nn.Module, state: Any) -> None:
+        cls: Any = mark.cls
+        if not isinstance(self, cls):  # as above
+            type(self).__setstate__(self, state)
+        else:
+            super(cls, self).__setstate__(state)
+            if type(self) is cls:
+                _verify(self)
+
+    return {"__reduce_ex__": reduce_ex, "__setstate__": setstate}
+
+
+def _restored(function: Callable, args: tuple, original: type[nn.Module], steps: list[tuple[Callable, Any]], complete: bool) -> nn.Module:
     """A module of the original class, which is given ours if it can be made here."""
     module = function(*args)
     if type(module) is original:
         try:
-            assign(module, derive(original, proof))
+            cls = original
+            for derive, proof in steps:
+                cls = derive(cls, proof)
+            assign(module, cls)
         except LeftAloneError as error:
             warnings.warn(f"{original.__qualname__} is loaded as it was before it was patched: {error}", stacklevel=2)
         else:
@@ -160,19 +184,10 @@ def _restored(function: Callable, args: tuple, derive: Callable, original: type[
     return module
 
 
-def _setstate(self: nn.Module, state: Any) -> None:
-    mark = own_mark(self)
-    if mark is None:  # as above
-        type(self).__setstate__(self, state)
-    else:
-        cls: Any = mark.cls
-        super(cls, self).__setstate__(state)
-        _verify(self)
-
-
 def _verify(module: nn.Module) -> None:
     """Gives a module its own class again if what was proved elsewhere, or earlier, does not hold here."""
-    mark = mark_of(type(module))
-    if mark is not None and not mark.holds(module):
-        assign(module, mark.original)
-        warnings.warn(f"{mark.original.__qualname__} is loaded as it was before it was patched: its code is another here", stacklevel=3)
+    marks = marks_of(type(module))
+    if not all(mark.holds(module) for mark in marks):
+        original = marks[0].original
+        assign(module, original)
+        warnings.warn(f"{original.__qualname__} is loaded as it was before it was patched: its code is another here", stacklevel=3)
