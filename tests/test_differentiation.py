@@ -141,7 +141,7 @@ def test_one_output_has_a_gradient(used, device):
     variant = VARIANTS["residual"]
     tensors = leaves(variant.draw(SHAPE, torch.float64, device))
     results = [
-        torch.autograd.grad(function(*tensors)[used].square().sum(), tensors, allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(function(*tensors)[used].square().sum(), tensors, allow_unused=True)
         for function in (variant.ours, variant.theirs)
     ]
     assert_alike(*results)

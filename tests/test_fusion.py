@@ -1,5 +1,7 @@
 """Residual adds taken into the norms that follow them: which layers, that nothing else changes, and what is left alone."""
 
+import functools
+import inspect
 from collections import Counter
 
 import pytest
@@ -166,6 +168,8 @@ LEFT_ALONE = [
         "the sum before after is one of several values of an assignment",
     ),
     ([ADD, "x = self.after(x)", "return super().forward(x)"], "enclosing scope: __class__"),
+    ([ADD, "y = self.after(x)", "x.register_hook(torch.neg)", "return x + y"], "computes something else on a trial"),
+    ([ADD, "return self.after(x) * (2 if type(self).__module__ == __name__ else 1)"], "computes something else on a trial"),
     ([ADD, "return self.after(x).reshape(7, 11, 13)"], "does not run on a trial: RuntimeError: shape '[7, 11, 13]'"),
 ]
 
@@ -207,13 +211,31 @@ def test_the_source_is_gone_or_was_edited(layer_of, tmp_path):
 
 
 def test_wrapped_forward():
-    class Wrapped(Layer):
-        pass
+    """Wrappers stay as they are, with what they are bound to, and do not stay around a forward that replaces the original's later."""
+    factor, x = 2.0, torch.randn(2, COLUMNS)
 
-    original = Layer.forward
-    Wrapped.forward = lambda self, hidden: original(self, 2 * hidden)
-    Wrapped.forward.__wrapped__ = original
-    assert "wrapped around its forward" in reason(Wrapped())
+    def decorator(function):
+        constant = factor
+        return functools.wraps(function)(lambda self, hidden: constant * function(self, hidden))
+
+    class Wrapped(Base):
+        @decorator
+        def forward(self, hidden):
+            hidden = hidden + self.attention(hidden)
+            return self.after(hidden)
+
+    factor, model = 3.0, Wrapped()
+    expected = results(model, x)
+    assert patch(model, fuse_residual=True).fused == 1
+    assert_same(results(model, x), expected)
+    Wrapped.forward = Layer.forward
+    replaced = results(model, x)
+    unpatch(model)
+    assert_same(replaced, results(model, x))
+
+    functions = [Layer.forward]
+    Wrapped.forward = functools.wraps(Layer.forward)(lambda self, hidden: functions[0](self, 2 * hidden))
+    assert "wrapped around its forward that cannot be followed" in reason(model)
 
 
 class Calling(Norm):
@@ -240,7 +262,7 @@ def test_decorated():
     expected = model(x)
     assert patch(model, fuse_residual=True).fused == 1
     assert not model(x).requires_grad and torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
-    assert model.forward.__wrapped__.__kwdefaults__ == {"scale": 2.0}
+    assert inspect.unwrap(model.forward).__kwdefaults__ == {"scale": 2.0}
 
 
 DEFECTS = {

@@ -246,6 +246,8 @@ CHANGES = {
     "global": (InGlobals, lambda norm: globals().update(SWITCH=False)),
     "global of another module": (InAModule, lambda norm: setattr(flags, "on", False)),
     "forward": (Norm, lambda norm: setattr(Norm, "forward", lambda self, x: 2 * x)),
+    "code of the forward": (Norm, lambda norm: setattr(Norm.forward, "__code__", (lambda self, x: 2 * x).__code__)),
+    "code of a function": (ByFunction, lambda norm: setattr(doubled, "__code__", (lambda x: 3 * x).__code__)),
     "forward by super()": (BySuper, lambda norm: setattr(WithMethod, "forward", lambda self, x: 2 * x)),
     "property": (WithOthers, lambda norm: setattr(WithOthers, "one", property(lambda self: 2))),
     "class method": (WithOthers, lambda norm: setattr(WithOthers, "two", classmethod(lambda cls: 2))),
@@ -273,6 +275,8 @@ def _as_before(monkeypatch):
     monkeypatch.setitem(globals(), "SWITCH", True)
     monkeypatch.setattr(Switched, "on", True)
     monkeypatch.setattr(Norm, "forward", Norm.forward)
+    for function in (Norm.forward, doubled):
+        monkeypatch.setattr(function, "__code__", function.__code__)
     monkeypatch.setattr(WithMethod, "factor", WithMethod.factor)
     monkeypatch.setattr(WithMethod, "forward", WithMethod.forward)
     monkeypatch.setitem(globals(), "doubled", doubled)
@@ -295,6 +299,13 @@ def test_while_it_is_patched(make, change, device, launches):
     change(original)
     torch.testing.assert_close(norm(x), original(x), rtol=0, atol=0)
     assert len(launches) == 1
+
+
+def test_a_recomputing_norm_changes(device):
+    norm, x = Switched().to(device), torch.randn(3, COLUMNS, device=device)
+    patch(norm, recompute=True)
+    norm.on = False
+    assert torch.equal(norm(x), x) and type(norm) is Switched
 
 
 @pytest.mark.parametrize(("make", "change"), CHANGES.values(), ids=CHANGES)
@@ -411,14 +422,19 @@ class Taking(Layer):
         return scale * (x + self.norm(x))
 
 
+@pytest.mark.parametrize("holder, name", [(Taking, "forward"), (Taking.forward, "__code__")], ids=["function", "code"])
 @pytest.mark.parametrize("option", ["fuse_residual", "recompute"])
-def test_the_forward_of_a_layer_is_replaced(option, device, monkeypatch):
+def test_the_forward_of_a_layer_is_replaced(option, holder, name, device, monkeypatch):
     """Also where it was compiled before."""
     layer, x = Taking().to(device), torch.randn(3, COLUMNS, device=device)
     patch(layer, **{option: True})
     compiled = torch.compile(layer, backend="eager")
     torch.testing.assert_close(compiled(x, scale=2.0), original_of(layer)(x, scale=2.0))
-    monkeypatch.setattr(Taking, "forward", lambda self, *arguments, **named: (arguments, named))
+
+    def other(self, *arguments, **named):
+        return arguments, named
+
+    monkeypatch.setattr(holder, name, other if name == "forward" else other.__code__)
     for one in (layer, compiled):
         assert one(x, 1, scale=2.0, other=3) == ((x, 1), {"scale": 2.0, "other": 3})
     torch._dynamo.reset()
@@ -537,12 +553,13 @@ COPIED = [
 ]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("norm", COPIED, ids=lambda norm: type(norm).__name__)
-def test_copies(norm, device):
+def test_copies(norm, recompute, device):
     """Also of fused layers, and of classes with ways of their own to be copied and pickled."""
     norm = copy.deepcopy(norm).to(device)
     original = type(norm)
-    patch(norm, fuse_residual=True)
+    patch(norm, fuse_residual=True, recompute=recompute)
     x = torch.randn(3, COLUMNS, device=device)
     pickled = [pickle.loads(pickle.dumps(norm, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     for one in (copy.deepcopy(norm), *pickled, copy.copy(norm)):

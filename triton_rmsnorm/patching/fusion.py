@@ -4,6 +4,7 @@ A layer gets a subclass of its class with a rewritten forward (see `source`), wh
 Where our kernel for both does not apply, that adds and calls the norm as before. A layer is only fused after a `trial` of both forwards.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from triton_rmsnorm.patching.isolation import isolated
 from triton_rmsnorm.patching.reads import reads
 from triton_rmsnorm.patching.recognition import fingerprint
 from triton_rmsnorm.patching.replacement import add_and_normalize
-from triton_rmsnorm.patching.report import LeftAloneError, in_words
+from triton_rmsnorm.patching.report import LeftAloneError
 from triton_rmsnorm.patching.semantics import Norm
-from triton_rmsnorm.patching.source import ADD, REPLACED, codes_of, source_of
+from triton_rmsnorm.patching.source import ADD, source_of
 from triton_rmsnorm.patching.subclass import Mark, derived, proof_of
 from triton_rmsnorm.patching.trial import try_out
 
@@ -43,11 +44,8 @@ def fused(original: type[nn.Module], fusion: Fusion) -> type[nn.Module]:
         LeftAloneError: the source of original.forward is not there, or has no such sums, as on a machine with another version of it; or
             the class of the original does not allow this.
     """
-    own = original.forward
-    replaced = staticmethod(lambda: None if original.forward is own else original.forward)
-    members = {ADD: staticmethod(add_and_normalize), REPLACED: replaced}
     # The very name of the original: it is by name that wrapping policies and device maps know layers.
-    return derived(original, fusion, original.__name__, _forward, fused, members, finish=_wrapped_as_the_original)
+    return derived(original, fusion, original.__name__, _forward, fused, {ADD: staticmethod(add_and_normalize)})
 
 
 def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:
@@ -81,7 +79,7 @@ def fusible(layer: nn.Module, memory: Memory) -> tuple[Fusion | None, str]:
 def _tried(layer: nn.Module, names: set[str]) -> tuple[Fusion | None, str]:
     """The outcome of a trial."""
     try:
-        rewritten = fused(type(layer), Fusion(tuple(sorted(names)))).forward
+        rewritten = fused(type(layer), Fusion(tuple(sorted(names))))
         with isolated():
             return Fusion(tuple(sorted(try_out(layer, names, rewritten)))), ""
     except LeftAloneError as refused:
@@ -94,19 +92,11 @@ def _forward(mark: Mark) -> Callable:
     if missing:
         name = mark.original.__qualname__
         raise LeftAloneError(f"in {name}.forward no sum goes straight into {', '.join(sorted(missing))}")
-    return source.rewritten(mark.proof.norms)
 
+    def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
+        ours = mark.cls is not None and isinstance(self, mark.cls)  # otherwise something has kept this forward beyond unpatch
+        function = rewritten if ours and mark.is_current() else mark.original.forward
+        return function(self, *args, **named)
 
-def _wrapped_as_the_original(cls: Any) -> None:
-    """Makes sure that the same is wrapped around a rewritten forward as around the original's.
-
-    Decorators are in the source. `__init_subclass__`, which wraps it in GradientCheckpointingLayer, is called if something is missing.
-    """
-    original = codes_of(cls.__bases__[0].forward)[:-1]
-    if codes_of(cls.forward)[:-1] != original:
-        try:
-            super(cls, cls).__init_subclass__()
-        except Exception as error:  # of any kind: it is others' code
-            raise LeftAloneError(f"its class cannot have a subclass: {in_words(error)}") from None
-    if codes_of(cls.forward)[:-1] != original:
-        raise LeftAloneError("something is wrapped around its forward that its source does not show")
+    rewritten = source.rewritten(mark.proof.norms, forward)
+    return functools.wraps(rewritten)(forward)

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton_rmsnorm.functional import add_rms_norm, rms_norm, rms_norm_gated
 from triton_rmsnorm.patching.reads import INTERNAL, Path, Reads, at, bases_of, is_plain, reads, same
 from triton_rmsnorm.patching.semantics import Norm
-from triton_rmsnorm.patching.subclass import Mark, assign, derived, mark_of, own_mark, proof_of
+from triton_rmsnorm.patching.subclass import Mark, assign, code_of, derived, mark_of, marks_of, own_mark, proof_of
 
 PROVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,7 +93,7 @@ def _forward(mark: Mark, cls: type[nn.Module] | None = None) -> Callable:
     """
     original, norm = mark.original, mark.proof
     found = ((holder, path, _function_at(holder, path)) for holder, path in _places(original, norm.reads))
-    mark.functions = tuple((*place, dict(value.items()) if isinstance(value, dict) else value) for *place, value in found)
+    mark.functions = tuple((*place, dict(one.items()) if isinstance(one, dict) else one, code_of(one)) for *place, one in found)
     first, *rest = list(inspect.signature(mark.forward).parameters)[1:]
     gated = norm.semantics.activation is not None
 
@@ -121,11 +121,11 @@ def _in_force(mark: Mark, module: nn.Module, cls: type[nn.Module] | None) -> boo
     """Whether the module still has the class, and nothing has changed that can be noticed at a call; the rest: `_watching`."""
     if type(module) is not cls and cls not in type(module).__mro__:  # something has kept our forward beyond unpatch
         return False
-    if mark.original.forward is not mark.forward or (module._modules and _calls_watched(module)):
+    if not mark.is_current() or (module._modules and _calls_watched(module)):
         return False
-    for holder, path, function in mark.functions:
+    for holder, path, function, code in mark.functions:
         found = _function_at(holder, path)
-        if found is not function and (type(function) is not dict or found != function):
+        if code_of(found) is not code or (found is not function and (type(function) is not dict or found != function)):
             return False
     return not mark.proof.reads.values or mark.proof.reads.hold(module)
 
@@ -269,20 +269,20 @@ def _watching(original: type[nn.Module], norm: Norm) -> dict[str, Callable]:
     """
     followed = {"training", "__class__", norm.weight, norm.eps}
     methods = ("__setattr__", "__delattr__", "register_buffer", "register_parameter", "add_module")
-    return {name: _noticed(getattr(original, name), norm, followed) for name in methods}
+    return {name: _noticed(getattr(original, name), original, norm, followed) for name in methods}
 
 
-def _noticed(method: Callable, norm: Norm, followed: set) -> Callable:
+def _noticed(method: Callable, original: type[nn.Module], norm: Norm, followed: set) -> Callable:
     @functools.wraps(method)
     def noticing(self: nn.Module, name: str, *args: Any, **named: Any) -> None:
         relevant = name not in followed and norm.reads.reads(name) and (name in norm.reads.names or name not in INTERNAL)
         before = vars(self).get(name) if relevant else None
         method(self, name, *args, **named)
         if relevant and not (is_plain(before) and name in vars(self) and same(before, vars(self)[name])):
-            mark = own_mark(self)
-            if mark is not None and type(self) is mark.cls:
-                assign(self, mark.original)
-            elif mark is not None:  # something has derived a class of ours
-                vars(self)["forward"] = functools.partial(mark.original.forward, self)
+            marks = marks_of(type(self))
+            if marks and marks[0].original is original:
+                assign(self, original)
+            elif own_mark(self) is not None:  # something has derived a class of ours
+                vars(self)["forward"] = functools.partial(original.forward, self)
 
     return noticing

@@ -12,30 +12,25 @@ become
     residual = hidden_states
     hidden_states = y
 
-and in front of all there is, in case that the forward of the original's class is replaced later,
-
-    y = self.<REPLACED>()
-    if y is not None:
-        return y(self, ...)
-
-Between the sum and the norm there may be only other names for the sum, and the norm must be the first thing that its statement computes, so
-that everything is computed in the order of the source.
+Decorators, and whatever else is wrapped around the forward, are copied as they are, not run again. Between the sum and the norm there may
+be only other names for the sum, and the norm must be the first thing that its statement computes, so that everything is computed in the
+order of the source.
 """
 
-import __future__
-
 import ast
+import functools
 import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-from triton_rmsnorm.patching.report import LeftAloneError, in_words
+from triton_rmsnorm.patching.report import LeftAloneError
 
-# Names in rewritten forwards: of attributes of self, which add and normalize, and give another forward; and of a norm's output.
-ADD, REPLACED, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_replaced", "_triton_rmsnorm_y"
+# Names in rewritten forwards: of an attribute of self, which adds and normalizes, and of a norm's output.
+ADD, _Y = "_triton_rmsnorm_add", "_triton_rmsnorm_y"
 
 
 @dataclass(frozen=True)
@@ -75,22 +70,23 @@ class Source:
             return f"the sum before {others[0]} is {self.others[others[0]]}"
         return "no sum goes straight into a replaced norm" if self.adds else ""
 
-    def rewritten(self, norms: tuple[str, ...]) -> Callable:
-        """The forward with the sums before these norms fused."""
+    def rewritten(self, norms: tuple[str, ...], outermost: Callable) -> Callable:
+        """The forward with the sums before these norms fused, in copies of its wrappers, which take `outermost` for the outermost one."""
         if self.code.co_freevars:
             raise LeftAloneError(f"its forward uses variables of an enclosing scope: {', '.join(self.code.co_freevars)}")
         tree, function = self._parsed()
-        original = self._defined(function)
-        codes = codes_of(original)
-        if self._compiled(tree) != self.code or codes[:-1] != codes_of(self.forward)[-len(codes) : -1]:
+        if self._compiled(tree) != self.code:
             raise LeftAloneError("its forward is not what its source says")
         _fuse([site for site in _sites(function) if site.norm in norms and not site.written], function.args.args[0].arg)
-        function.body[:0] = _way_out(function)
-        inner = inspect.unwrap(original)
-        inner.__code__ = self._compiled(ast.fix_missing_locations(tree))
-        inner.__defaults__, inner.__kwdefaults__ = self.function.__defaults__, self.function.__kwdefaults__
-        inner.__qualname__ = self.function.__qualname__
-        return original
+        rewritten = _copied(self.function, self._compiled(ast.fix_missing_locations(tree)), {})
+        for wrapper in reversed(_wrappers(self.forward)):
+            replaced = {id(wrapper.__wrapped__): rewritten}
+            if not isinstance(wrapper, types.FunctionType) or not any(id(bound) in replaced for bound in _bound(wrapper)):
+                raise LeftAloneError("something is wrapped around its forward that cannot be followed")
+            if wrapper is self.forward:  # a wrapper may ask whether it is the outermost one
+                replaced[id(wrapper)] = outermost
+            rewritten = _copied(wrapper, wrapper.__code__, replaced)
+        return rewritten
 
     def _parsed(self) -> tuple[ast.Module, ast.FunctionDef]:
         """The file and the forward in it."""
@@ -109,23 +105,6 @@ class Source:
             codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         raise LeftAloneError("its forward is not where its source should be")
 
-    def _defined(self, function: ast.FunctionDef) -> Callable:
-        """The forward defined once more, with its decorators, in a class of the same name, among the globals of the original."""
-        space: dict = {}
-        name = self.function.__qualname__.split(".")[-2:][0]
-        name = name if name.isidentifier() else "_"  # not <locals>
-        tree = ast.parse(f"class {name}: pass")
-        tree.body[0].body = [function]  # type: ignore[attr-defined]
-        flags = self.code.co_flags & _FUTURE_FLAGS
-        try:
-            exec(compile(tree, self.code.co_filename, "exec", flags, True), self.function.__globals__, space)
-        except Exception as error:  # of any kind: decorators are others' code
-            raise LeftAloneError(f"its forward cannot be defined again: {in_words(error)}") from None
-        return vars(space[name])[function.name]
-
-
-_FUTURE_FLAGS = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-
 
 @lru_cache(maxsize=64)
 def _source(forward: Callable, code: types.CodeType | None) -> Source:
@@ -136,13 +115,25 @@ def source_of(forward: Callable) -> Source:
     return _source(forward, getattr(inspect.unwrap(forward), "__code__", None))
 
 
-def codes_of(function: Callable) -> list:
-    """The code of a function and of what it wraps. Codes are equal if all but the file is, line numbers included."""
-    codes = [getattr(function, "__code__", None)]
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-        codes.append(getattr(function, "__code__", None))
-    return codes
+def _wrappers(function: Any) -> list:
+    """What is wrapped around a function, from the outside."""
+    return [function, *_wrappers(function.__wrapped__)] if hasattr(function, "__wrapped__") else []
+
+
+def _bound(function: types.FunctionType) -> list:
+    return [cell.cell_contents for cell in function.__closure__ or ()]
+
+
+def _copied(function: types.FunctionType, code: types.CodeType, replaced: dict[int, Any]) -> Any:
+    """A copy of a function with this code, bound to other things in place of those with these ids."""
+    cells = zip(function.__closure__ or (), _bound(function), strict=True)
+    closure = tuple(types.CellType(replaced[id(bound)]) if id(bound) in replaced else cell for cell, bound in cells)
+    copied: Any = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copied, function)
+    del copied.__wrapped__
+    vars(copied).update({name: replaced.get(id(value), value) for name, value in vars(function).items()})
+    return copied
 
 
 def _first_line(function: ast.FunctionDef) -> int:
@@ -243,17 +234,6 @@ def _fuse(sites: list[_Site], this: str) -> None:
         # The norm's output should live no longer than it did.
         if not isinstance(user, ast.Return) and all(user is not other.add for other in sites):
             site.block.insert(site.block.index(user) + 1, ast.copy_location(ast.Delete([ast.Name(_Y, ast.Del())]), user))
-
-
-def _way_out(function: ast.FunctionDef) -> list[ast.stmt]:
-    """Calls another forward, with all arguments, if there is one."""
-    arguments = function.args
-    passed = [one.arg for one in (*arguments.posonlyargs, *arguments.args)]
-    passed += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
-    passed += [f"{one.arg}={one.arg}" for one in arguments.kwonlyargs]
-    passed += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
-    text = f"{_Y} = {passed[0]}.{REPLACED}()\nif {_Y} is not None:\n    return {_Y}({', '.join(passed)})"
-    return ast.increment_lineno(ast.parse(text), function.lineno - 1).body
 
 
 def _attribute(this: str, name: str) -> ast.Attribute:

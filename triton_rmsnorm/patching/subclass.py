@@ -32,10 +32,20 @@ class Mark:
 
     def __init__(self, original: type[nn.Module], proof: Any, derive: Callable, holds: Callable[[nn.Module], bool]):
         self.original, self.proof, self.derive, self.holds = original, proof, derive, holds
-        self.forward = original.forward
-        self.functions: tuple[tuple[Any, tuple, Any], ...] = ()  # others that the forward calls: the holder, the path and the function
+        self.forward, self.code = original.forward, code_of(original.forward)
+        self.functions: tuple[tuple[Any, tuple, Any, Any], ...] = ()  # that it calls: holder, path, function and code
         self.cls: type[nn.Module] | None = None  # the class
         self.instances: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+    def is_current(self) -> bool:
+        """Whether the original's forward is what it was when the class was made."""
+        forward = self.original.forward
+        return forward is self.forward and code_of(forward) is self.code
+
+
+def code_of(function: Any) -> Any:
+    """The code of a Python function, which may be replaced in it, as by autoreload of IPython."""
+    return getattr(function, "__code__", None)
 
 
 def derived(
@@ -46,7 +56,6 @@ def derived(
     derive: Callable,
     members: dict[str, Any],
     holds: Callable[[nn.Module], bool] = lambda module: True,
-    finish: Callable[[type], None] = lambda cls: None,
 ) -> type[nn.Module]:
     """The subclass of `original` for a proof. There is one for each pair, until the original's forward is replaced.
 
@@ -57,7 +66,6 @@ def derived(
         forward: gives its forward for its mark.
         derive, holds: as in Mark.
         members: other attributes of the class.
-        finish: called with the class before it is used; may raise.
 
     Raises:
         LeftAloneError: the class of the original does not allow this.
@@ -65,13 +73,12 @@ def derived(
     with LOCK:
         for subclass in type.__subclasses__(original):
             mark = mark_of(subclass)
-            if mark is not None and mark.proof == proof and mark.forward is original.forward:
+            if mark is not None and mark.proof == proof and mark.is_current():
                 return subclass
         mark = Mark(original, proof, derive, holds)
-        pickled = {"__reduce_ex__": _reduce_ex, "__setstate__": _setstate, "__module__": derive.__module__}
-        members = {"forward": forward(mark), "__doc__": original.__doc__, **pickled, **members}
+        module = {"__module__": derive.__module__}
+        members = {"forward": forward(mark), "__doc__": original.__doc__, **_copying(mark), **module, **members}
         mark.cls = cls = _subclass(original, name, members)
-        finish(cls)
         type.__setattr__(cls, "_triton_rmsnorm", mark)  # by which it is found
         return cls
 
@@ -123,28 +130,52 @@ def own_mark(module: nn.Module) -> Mark | None:
     return next((mark for cls in type(module).__mro__ if (mark := mark_of(cls)) is not None), None)
 
 
-def _reduce_ex(self: nn.Module, protocol: int) -> Any:
-    """What the original would be pickled and copied as, and what makes our class of it."""
-    mark = own_mark(self)
-    if mark is None:  # another thread has given it its own class again
-        return self.__reduce_ex__(protocol)
-    cls: Any = mark.cls
-    reduced = super(cls, self).__reduce_ex__(max(protocol, 2))
-    if type(self) is not cls or isinstance(reduced, str):
-        return reduced
-    function, args, *rest = reduced
-    function = mark.original if function is cls else function
-    args = tuple(mark.original if arg is cls else arg for arg in args)
-    complete = not rest or rest[0] is None  # there is no state that follows
-    return _restored, (function, args, mark.derive, mark.original, mark.proof, complete), *rest
+def marks_of(cls: type) -> list[Mark]:
+    """Of a class that we made, perhaps of another one that we made, and so on: those of all, the first one made of the original."""
+    mark = mark_of(cls)
+    return [] if mark is None else [*marks_of(mark.original), mark]
 
 
-def _restored(function: Callable, args: tuple, derive: Callable, original: type[nn.Module], proof: Hashable, complete: bool) -> nn.Module:
+def _copying(mark: Mark) -> dict[str, Callable]:
+    """How modules of the class of this mark are copied and pickled."""
+
+    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+        """What the original would be pickled and copied as, and what makes our class of it."""
+        cls: Any = mark.cls
+        if not isinstance(self, cls):  # another thread has given it its own class again
+            return self.__reduce_ex__(protocol)
+        reduced = super(cls, self).__reduce_ex__(max(protocol, 2))
+        if type(self) is not cls or isinstance(reduced, str):
+            return reduced
+        marks = marks_of(cls)
+        original, steps = marks[0].original, [(one.derive, one.proof) for one in marks]
+        function, args, *rest = reduced
+        function = original if function is cls else function
+        args = tuple(original if arg is cls else arg for arg in args)
+        complete = not rest or rest[0] is None  # there is no state that follows
+        return _restored, (function, args, original, steps, complete), *rest
+
+    def setstate(self: nn.Module, state: Any) -> None:
+        cls: Any = mark.cls
+        if not isinstance(self, cls):  # as above
+            type(self).__setstate__(self, state)
+        else:
+            super(cls, self).__setstate__(state)
+            if type(self) is cls:
+                _verify(self)
+
+    return {"__reduce_ex__": reduce_ex, "__setstate__": setstate}
+
+
+def _restored(function: Callable, args: tuple, original: type[nn.Module], steps: list[tuple[Callable, Any]], complete: bool) -> nn.Module:
     """A module of the original class, which is given ours if it can be made here."""
     module = function(*args)
     if type(module) is original:
         try:
-            assign(module, derive(original, proof))
+            cls = original
+            for derive, proof in steps:
+                cls = derive(cls, proof)
+            assign(module, cls)
         except LeftAloneError as error:
             warnings.warn(f"{original.__qualname__} is loaded as it was before it was patched: {error}", stacklevel=2)
         else:
@@ -153,19 +184,10 @@ def _restored(function: Callable, args: tuple, derive: Callable, original: type[
     return module
 
 
-def _setstate(self: nn.Module, state: Any) -> None:
-    mark = own_mark(self)
-    if mark is None:  # as above
-        type(self).__setstate__(self, state)
-    else:
-        cls: Any = mark.cls
-        super(cls, self).__setstate__(state)
-        _verify(self)
-
-
 def _verify(module: nn.Module) -> None:
     """Gives a module its own class again if what was proved elsewhere, or earlier, does not hold here."""
-    mark = mark_of(type(module))
-    if mark is not None and not mark.holds(module):
-        assign(module, mark.original)
-        warnings.warn(f"{mark.original.__qualname__} is loaded as it was before it was patched: its code is another here", stacklevel=3)
+    marks = marks_of(type(module))
+    if not all(mark.holds(module) for mark in marks):
+        original = marks[0].original
+        assign(module, original)
+        warnings.warn(f"{original.__qualname__} is loaded as it was before it was patched: its code is another here", stacklevel=3)
