@@ -179,15 +179,22 @@ def run_backward(given: BackwardInputs, spec: Spec, x_dtype: torch.dtype, needs:
 def _gradients(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None) -> Tensors:
     """The gradients of x, weight, residual, gate and spec, as far as ctx needs them."""
     needs_dx, needs_dweight, needs_dresidual, needs_dgate, _ = ctx.needs_input_grad
-    if dy is None:  # only x + residual was used: as of a sum alone, the weight has no gradient, not one of zeros
+    if dy is None and not _is_autograd_compiled():  # only the sum was used: the weight has no gradient, not one of zeros
         dx = dresidual_out.to(ctx.x_dtype) if needs_dx and dresidual_out is not None else None
         return dx, None, dresidual_out if needs_dresidual else None, None, None
     x, weight, gate, rstd = ctx.saved_tensors
+    if dy is None:  # compiled autograd takes no None where a gradient is needed
+        dy = x.new_zeros(()).expand(x.shape)
     shared = x.dtype == ctx.x_dtype  # dx serves for dresidual, too
     needs = Needs(needs_dx or (needs_dresidual and shared), needs_dweight, needs_dresidual and not shared, needs_dgate)
     given = BackwardInputs(dy, dresidual_out, x, weight, gate, rstd)
     dx, dweight, dresidual, dgate = run_backward(given, ctx.spec, ctx.x_dtype, needs)
     return dx if needs_dx else None, dweight, (dx if shared else dresidual) if needs_dresidual else None, dgate, None
+
+
+def _is_autograd_compiled() -> bool:
+    module: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.in_compiled_autograd_region
 
 
 def composed_backward(differentiable: tuple[Any, ...], spec: Spec, x_dtype: torch.dtype, needs: Needs) -> tuple[Tensor, ...]:
