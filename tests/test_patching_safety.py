@@ -463,6 +463,7 @@ def test_distributed_norms(group_of_one):
 # --- unpatch ---
 
 
+@pytest.mark.slow
 def test_a_constructor_that_something_else_has_wrapped():
     """The wrapper stays, ours does nothing any more, and goes as soon as it is on top again."""
 
