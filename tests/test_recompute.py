@@ -314,6 +314,16 @@ def test_modified_in_place(modify, context, device):
         loss.backward()
 
 
+def test_a_weight_whose_data_is_gone(x):
+    """As where ZeRO-3 has partitioned it since."""
+    weight = torch.ones(N, device=x.device)
+    with recompute_norms():
+        loss = rms_norm(x, (N,), weight).sin().sum()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight must have the data in backward that it had in forward"):
+        loss.backward()
+
+
 def test_modified_output_does_not_matter(x):
     """Where y was to be kept, this is an error; what is computed again is what was used."""
     with recompute_norms():
