@@ -294,7 +294,7 @@ def test_a_run_goes_on(bench_run, clock, tmp_path, capsys):
     assert names[0] == names[1]
     assert len(clock) == sum(row["status"] == "measured" for row in whole[len(cut) :])
 
-    (tmp_path / "run-quick-z.json").write_text('{"rows": [')  # which is no obstacle
+    (tmp_path / "run-quick-z.json").write_text('{"rows": [')  # no JSON: it is passed over
     file.write_text(json.dumps(content | {"rows": cut, "metadata": content["metadata"] | {"torch": "another"}}))
     clock.clear()
     assert bench_run() == 0  # of other versions nothing is taken over
@@ -369,7 +369,8 @@ def test_plot(tmp_path, monkeypatch, capsys):
     assert "FILE must be one of run-*.json, " in capsys.readouterr().err
     cut = tmp_path / "run-cut.json"
     for content, words in ((None, "No such file"), ('{"rows": [', "Expecting value")):
-        cut.write_text(content) if content else None
+        if content is not None:
+            cut.write_text(content)
         with pytest.raises(SystemExit):
             plot.main([str(cut)])
         assert f"{cut}: " in (said := capsys.readouterr().err) and words in said

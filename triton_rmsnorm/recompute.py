@@ -39,11 +39,12 @@ def recompute_norms() -> Iterator[None]:
     It holds for the thread that enters it. These keep y as usual: operations that save it in another dtype or after it was modified in
     place, norms that need no gradient, and norms inside torch.compile, torch.func or with tensor subclasses. Hooks for saved tensors that
     were set before, such as those of activation offloading and checkpointing, see everything else that is saved; hooks that are set inside
-    take precedence, so there is no effect inside a checkpointed function unless that enters the context itself. What writes to y without
-    telling autograd, through `y.data` or in a kernel, is not noticed, and the gradients are then wrong: Liger's rotary embedding rotates in
-    place what a q_norm or k_norm gives, so do not use both. Where there are hooks,
-    autograd saves the data of parameters, not the parameters: DeepSpeed ZeRO-3, which gives them other data, then frees nothing. Compiled
-    autograd (`torch._dynamo.config.compiled_autograd`) does not support it.
+    take precedence, so there is no effect inside a checkpointed function unless that function enters the context itself. Where there are
+    hooks, autograd saves the data of parameters, not the parameters: DeepSpeed ZeRO-3, which gives them other data, then frees nothing.
+
+    Two things do not go together with it. Writing to y without telling autograd, through `y.data` or in a kernel, is not noticed, and the
+    gradients are then wrong; Liger's rotary embedding writes in this way to the output of a q_norm or k_norm. Compiled autograd
+    (`torch._dynamo.config.compiled_autograd`) does not support these hooks.
 
     Returns:
         A context manager. It may be nested, which has no further effect.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib  # noqa: F401 -- whose absence is to show before anything is measured, and not at the first picture
+import matplotlib  # noqa: F401 -- if it is missing, this fails before anything is measured, not at the first picture
 
 from bench import records, style
 from bench.record.steps import STEPS

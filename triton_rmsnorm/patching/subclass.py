@@ -152,7 +152,7 @@ def _copying(mark: Mark) -> dict[str, Callable]:
         function, args, *rest = reduced
         function = original if function is cls else function
         args = tuple(original if arg is cls else arg for arg in args)
-        complete = not rest or rest[0] is None  # there is no state that follows
+        complete = not rest or rest[0] is None  # no state follows
         return _restored, (function, args, original, steps, complete), *rest
 
     def setstate(self: nn.Module, state: Any) -> None:

@@ -159,7 +159,7 @@ def _activate(z, ARITHMETIC: tl.constexpr):
     elif ARITHMETIC.activation == "gelu_tanh":
         t = 1.5957691216057308 * (z + 0.044715 * z * z * z)
         s = _sigmoid(t)
-        rest = tl.where(t > 0.0, s * tl.exp(-t), 1.0 - s)  # 1 - s, of which a subtraction would leave few digits where s is nearly 1
+        rest = tl.where(t > 0.0, s * tl.exp(-t), 1.0 - s)  # 1 - s; where s is nearly 1, the subtraction would cancel most digits
         return z * s, s + z * s * rest * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     else:
         tl.static_assert(ARITHMETIC.activation == "relu")

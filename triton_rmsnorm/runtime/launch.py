@@ -107,7 +107,7 @@ def kept(function: Callable[P, R]) -> Callable[P, R]:
 
 def runs_on(x: Tensor) -> bool:
     """Whether the kernels can run on the device of x: on a GPU, and on the CPU when Triton interprets."""
-    # Neither a cache, of which torch.compile warns, nor the name of the device or a generator, which take longer.
+    # torch.compile warns of a cache. Comparing the name of the device takes longer than this loop, and so does any().
     for place in _places:  # noqa: SIM110
         if getattr(x, place):
             return True
